@@ -1,0 +1,71 @@
+"""The four operations on weights, and their rules for plain (dense) arrays."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+
+def _dispatch_on_weight(rule: Callable) -> Callable:
+    """`functools.singledispatch` on the argument named ``w``, the last positional one."""
+    table = functools.singledispatch(rule)
+
+    @functools.wraps(rule)
+    def call(*args, **kwargs):
+        return table.dispatch(type(args[-1]))(*args, **kwargs)
+
+    call.register = table.register  # type: ignore[attr-defined]
+    return call
+
+
+@_dispatch_on_weight
+def dot(spec: str, x: Float[Array, "..."], w: Any, *, out_sharding: PartitionSpec | None = None) -> Float[Array, "..."]:
+    """Multiplies activations by a weight: ``einsum(spec, x, w)`` in ``x``'s dtype.
+
+    Args:
+      spec: an einsum over ``x`` and the *logical* (dense) shape of ``w``, such as ``"bse,ehd->bshd"``.
+      x: activations.
+      w: a weight leaf of any registered type; ``dot.register(Leaf)`` adds one.
+      out_sharding: placement of the result on an explicit mesh; ``None`` lets JAX infer it.
+
+    Raises:
+      TypeError: no rule is registered for the type of ``w``.
+    """
+    return jnp.einsum(spec, x, _array(w).astype(x.dtype), out_sharding=out_sharding)
+
+
+@_dispatch_on_weight
+def ragged_dot(x: Float[Array, "rows inner"], group_sizes: Int[Array, " groups"], w: Any) -> Float[Array, "rows outer"]:
+    """Multiplies consecutive groups of rows by one matrix each: rows of group ``g`` by ``w[g]``.
+
+    Args:
+      x: rows sorted by group.
+      group_sizes: rows per group; they sum to at most ``rows``.
+      w: logically ``[groups, inner, outer]``.
+    """
+    return jax.lax.ragged_dot(x, _array(w).astype(x.dtype), group_sizes)
+
+
+@_dispatch_on_weight
+def take(
+    indices: Int[Array, "..."], w: Any, *, dtype: Any = None, out_sharding: PartitionSpec | None = None
+) -> Float[Array, "... embed"]:
+    """Looks rows up: ``w[indices]``, for a weight that is logically ``[rows, embed]``."""
+    rows = _array(w).at[indices].get(out_sharding=out_sharding, mode="clip")
+    return rows if dtype is None else rows.astype(dtype)
+
+
+@_dispatch_on_weight
+def materialize(w: Any) -> Float[Array, "..."]:
+    """The dense array that a leaf stands for (for biases, norm scales and export)."""
+    return _array(w)
+
+
+def _array(w: Any) -> jax.Array:
+    if not hasattr(w, "dtype") or not hasattr(w, "shape"):
+        raise TypeError(f"no rule in ml.weights for a leaf of type {type(w).__name__}; register one with `dot.register`")
+    return w
