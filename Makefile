@@ -1,0 +1,54 @@
+# Every target sets up what it needs; nothing has to be installed or activated by hand.
+MAKEFLAGS += --no-print-directory
+.DEFAULT_GOAL := help
+.SILENT:
+.PHONY: help env env-parity quickstart test test-all test-parity test-oldest lint format typecheck clean
+
+# Two test processes fill two cores; more need about 2 GB of memory each.
+JOBS ?= 2
+# More arguments for pytest, for example ARGS="tests/optim -k lamb" or ARGS=-x.
+ARGS ?=
+SETUP := scripts/setup_env.sh
+PY := .venv/bin/python
+PARITY_PY := .venv-parity/bin/python
+PYTEST := -m pytest -q -n $(JOBS) --dist worksteal
+
+help: ## show this
+	echo "make TARGET [JOBS=2] [ARGS='pytest arguments'] [PYTHON=/path/to/python]"; echo
+	awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+env: ## make or refresh .venv (every target below does that by itself)
+	$(SETUP) --venv .venv --extras test
+
+env-parity:
+	$(SETUP) --venv .venv-parity --extras test,parity --constraints py311 --prefer 3.11
+
+quickstart: env ## train a small language model on this machine, then sample from it (minutes)
+	$(PY) scripts/quickstart.py
+
+test: lint typecheck ## lint, types and every test but the slow ones
+	$(PY) $(PYTEST) -m "not slow and not parity" $(ARGS)
+
+test-all: lint typecheck ## the same with the slow sweeps
+	$(PY) $(PYTEST) -m "not parity" $(ARGS)
+
+test-parity: env-parity ## compare with torch and transformers, in an environment of its own (.venv-parity)
+	$(PARITY_PY) $(PYTEST) -m "parity" $(ARGS)
+
+test-oldest: env-parity ## every test but the slow ones with the oldest supported Python and JAX
+	$(PARITY_PY) $(PYTEST) -m "not slow and not parity" $(ARGS)
+
+lint: env ## check style and formatting (ruff)
+	$(PY) -m ruff check --quiet .
+	$(PY) -m ruff format --quiet --check . || { echo "ruff format: files above would change; run make format" >&2; exit 1; }
+
+format: env ## mend style and formatting (ruff)
+	$(PY) -m ruff check --quiet --fix .
+	$(PY) -m ruff format --quiet .
+
+typecheck: env ## check types (mypy)
+	$(PY) -m mypy --no-error-summary
+
+clean: ## remove caches and build leftovers; environments and runs/ stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .jax_cache
+	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
