@@ -44,22 +44,21 @@ def attention_factor(rope: RopeConfig) -> float:
     return 0.1 * math.log(rope.factor) + 1.0 if rope.factor > 1 else 1.0
 
 
+def rotation(
+    positions: Int[Array, "*batch length"], rope: RopeConfig, head_dim: int
+) -> tuple[Float[Array, "*batch length 1 half"], Float[Array, "*batch length 1 half"]]:
+    """Cosine and sine of every rotation angle, float32, computed once and shared by all layers."""
+    angles = positions[..., None, None].astype(jnp.float32) * inverse_frequencies(rope, head_dim)
+    factor = attention_factor(rope)
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
 def rotate(
     x: Float[Array, "*batch length heads head_dim"],
-    positions: Int[Array, "*batch length"],
-    frequencies: Float[Array, " half"],
-    factor: float = 1.0,
+    cos: Float[Array, "*batch length 1 half"],
+    sin: Float[Array, "*batch length 1 half"],
 ) -> Float[Array, "*batch length heads head_dim"]:
-    """Rotates each head by its position, pairing dimension ``i`` with ``i + head_dim / 2`` (the half-split convention).
-
-    Args:
-      x: queries or keys.
-      positions: absolute position of each token in its document.
-      frequencies: from `inverse_frequencies`.
-      factor: from `attention_factor`.
-    """
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies
-    cos, sin = jnp.cos(angles) * factor, jnp.sin(angles) * factor
+    """Rotates each head, pairing dimension ``i`` with ``i + head_dim / 2`` (the half-split convention)."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 

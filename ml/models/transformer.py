@@ -1,0 +1,219 @@
+"""The decoder-only transformer: embedding, scanned blocks, unembedding."""
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PyTree
+
+from ml.models import rope
+from ml.models.attention import AttentionLayer, AttentionStrategy, SelfAttention
+from ml.models.config import TransformerConfig
+from ml.models.layers import MLP, Attention, Projection, block_norm
+from ml.models.moe import MoE
+from ml.models.parameters import LogicalAxes, Placement, unplaced, weight
+from ml.weights import dot, take
+
+# What the backward pass keeps of a block. Everything else is computed again.
+REMAT_POLICIES = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.checkpoint_dots,
+    "dots_no_batch": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@flax.struct.dataclass
+class _PerLayer:
+    """What differs from layer to layer, stacked, and sliced by the scan."""
+
+    index: Int[Array, " layers"]
+    local: Int[Array, " layers"]
+
+
+class Block(nn.Module):
+    """One decoder block, in the form that `flax.linen.scan` wants: carry in, carry out."""
+
+    config: TransformerConfig
+    place: Placement = unplaced
+
+    @nn.compact
+    def __call__(self, carry, per_layer: _PerLayer, strategy: AttentionStrategy, rotations):
+        """Carries (residual stream, attention state, summed balancing loss) through one layer."""
+        c = self.config
+        x, state, balance = carry
+        layer = AttentionLayer(
+            per_layer.index, _window(c, per_layer.local), c.attention_scale or c.head_dim**-0.5, c.attention_softcap
+        )
+        rotation = rotations[0] if rotations else None
+        if len(rotations) == 2:
+            rotation = jax.tree.map(lambda a, b: jnp.where(per_layer.local, a, b), rotations[1], rotations[0])
+
+        normed = block_norm(c, "attention_norm")(x)
+        attended, state = Attention(c, self.place, name="attention")(normed, layer, strategy, rotation, state)
+        if c.post_norms:
+            attended = block_norm(c, "post_attention_norm")(attended)
+        if not c.parallel_block:
+            x = x + attended
+            normed = block_norm(c, "mlp_norm")(x)
+        if c.moe is None:
+            out = MLP(c, self.place, name="mlp")(normed)
+        else:
+            out, layer_balance = MoE(c, self.place, name="moe")(normed)
+            balance = balance + layer_balance
+        if c.post_norms:
+            out = block_norm(c, "post_mlp_norm")(out)
+        x = x + attended + out if c.parallel_block else x + out
+        return (x, state, balance), None
+
+
+class Transformer(nn.Module):
+    """A decoder-only transformer whose way to attend is an argument.
+
+    Attributes:
+      config: the architecture.
+      dtype: of activations; parameters stay float32.
+      remat: key of `REMAT_POLICIES`.
+      place: maps logical axes of activations to mesh axes.
+    """
+
+    config: TransformerConfig
+    dtype: Any = jnp.float32
+    remat: str = "none"
+    place: Placement = unplaced
+
+    def setup(self):
+        c = self.config
+        self.embed = _Table(c.vocab_size, c, "vocab")
+        if c.position_embedding == "learned":
+            self.position = _Table(c.max_length, c, "position")
+        block = Block
+        if self.remat != "none":
+            block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)  # type: ignore[assignment]
+        self.layers = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast),
+            length=c.num_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(c, self.place)
+        self.final_norm = block_norm(c)
+        if not c.tie_embeddings:
+            self.unembed = Projection(
+                "ble,ev->blv",
+                (c.embed_dim, c.vocab_size),
+                ("embed", "vocab"),
+                ("batch", "length", "vocab"),
+                stddev=c.init_stddev,
+                place=self.place,
+            )
+
+    def __call__(
+        self,
+        tokens: Int[Array, "batch length"],
+        strategy: AttentionStrategy | None = None,
+        positions: Int[Array, "batch length"] | None = None,
+        state: Any = None,
+    ) -> tuple[Float[Array, "batch length embed"], Any, Float[Array, ""]]:
+        """Runs all blocks.
+
+        Args:
+          tokens: token ids.
+          strategy: how to attend; default: causal attention within each row.
+          positions: index of each token in its document; default ``0, 1, 2...``.
+          state: the strategy's state, such as a KV cache.
+
+        Returns:
+          The final normed hidden states (give them to `logits`), the new state, and the mixture-of-experts balancing
+          loss averaged over layers (0 for dense models).
+        """
+        c = self.config
+        strategy = SelfAttention() if strategy is None else strategy
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        x = take(tokens, self.embed(), dtype=self.dtype, out_sharding=self.place("batch", "length", None))
+        if c.scale_embedding:
+            x = x * jnp.asarray(c.embed_dim**0.5, self.dtype)
+        if c.position_embedding == "learned":
+            x = x + take(positions, self.position(), dtype=self.dtype, out_sharding=self.place("batch", "length", None))
+
+        local = jnp.array([c.is_local(i) for i in range(c.num_layers)])
+        per_layer = _PerLayer(jnp.arange(c.num_layers), local)
+        carry = (x, state, jnp.zeros((), jnp.float32))
+        (x, state, balance), _ = self.layers(carry, per_layer, strategy, _rotations(c, positions))
+        return self.final_norm(x), state, balance / c.num_layers
+
+    def logits(self, hidden: Float[Array, "batch length embed"]) -> Float[Array, "batch length vocab"]:
+        """Logits, float32, of hidden states that `__call__` returned; reads only `head_params`."""
+        c = self.config
+        if c.tie_embeddings:
+            place = self.place("batch", "length", "vocab")
+            logits = dot("ble,ve->blv", hidden, self.embed(), out_sharding=place)
+        else:
+            logits = self.unembed(hidden)
+        logits = logits.astype(jnp.float32)
+        return logits if c.final_softcap is None else c.final_softcap * jnp.tanh(logits / c.final_softcap)
+
+    def forward(self, tokens: Int[Array, "batch length"], *args: Any, **kwargs: Any) -> jax.Array:
+        """`__call__`, then `logits`: ``[batch, length, vocab]``, for inputs small enough to hold that."""
+        return self.logits(self(tokens, *args, **kwargs)[0])
+
+
+class _Table(nn.Module):
+    """An embedding table."""
+
+    rows: int
+    config: TransformerConfig
+    axis: str
+
+    @nn.compact
+    def __call__(self) -> Any:
+        init = nn.initializers.normal(self.config.init_stddev)
+        return weight(self, "embedding", init, (self.rows, self.config.embed_dim), (self.axis, "embed"))
+
+
+def init_params(model: Transformer, key: jax.Array) -> PyTree:
+    """Random parameters, float32: the ``params`` collection, unboxed. Jit it with ``out_shardings`` to create shards only."""
+    return nn.meta.unbox(_init(model, key))
+
+
+def logical_axes(config: TransformerConfig) -> PyTree[tuple[str, ...]]:
+    """The logical axis names of every parameter: a tree like ``params`` whose leaves are tuples of names."""
+    boxed = jax.eval_shape(lambda: _init(Transformer(config), jax.random.key(0)))
+    return jax.tree.map(lambda box: box.names, boxed, is_leaf=lambda x: isinstance(x, LogicalAxes))
+
+
+def head_params(config: TransformerConfig, params: dict[str, Any]) -> dict[str, Any]:
+    """The part of ``params`` that `Transformer.logits` reads."""
+    name = "embed" if config.tie_embeddings else "unembed"
+    return {name: params[name]}
+
+
+def _init(model: Transformer, key: jax.Array) -> PyTree:
+    # Off any mesh and at length 1: shapes of parameters do not depend on the input.
+    bare = model.clone(place=unplaced)
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    return bare.init(key, tokens, SelfAttention(implementation="xla"), method="forward")["params"]
+
+
+def _window(config: TransformerConfig, local: jax.Array) -> int | jax.Array | None:
+    """The layer's window: static where all layers agree, so that attention may skip work."""
+    if config.sliding_window is None:
+        return None
+    if all(config.is_local(i) for i in range(config.num_layers)):
+        return config.sliding_window
+    return jnp.where(local, config.sliding_window, jnp.iinfo(jnp.int32).max // 2)
+
+
+def _rotations(config: TransformerConfig, positions: jax.Array) -> tuple[tuple[jax.Array, jax.Array], ...]:
+    """Rotary cosine and sine: none, one for all layers, or (global, local)."""
+    if config.position_embedding != "rope":
+        return ()
+    rotations = (rope.rotation(positions, config.rope, config.head_dim),)
+    if config.local_rope_theta is not None:
+        local = type(config.rope)(theta=config.local_rope_theta)
+        rotations += (rope.rotation(positions, local, config.head_dim),)
+    return rotations
