@@ -1,0 +1,249 @@
+"""From configuration to packed rows: read, split off held-out documents, train or load the tokenizer, pack, cache.
+
+A cache folder holds one folder per trained tokenizer and one per packed source, each named by a fingerprint of
+everything that went into it, so that a second start, or another experiment on the same data, reads nothing again.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from ml.data.cache import build_once
+from ml.data.config import DataConfig
+from ml.data.rows import PackedRows, RowWriter
+from ml.data.sources import Document, Source, is_heldout
+from ml.data.tokenizer import Tokenizer
+from ml.errors import UserError
+
+_log = logging.getLogger(__name__)
+
+# Part of every fingerprint: raise it when the files' layout or the way they are made changes.
+_FORMAT = 1
+_BATCH_CHARACTERS = 2**21
+_PIECE_CHARACTERS = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedSource:
+    """One source, tokenized and packed.
+
+    Attributes:
+      name: kind and path, for reports.
+      weight: as configured.
+      train, heldout: the rows of the two sides; ``heldout`` may have none.
+      heldout_file: the held-out documents as UTF-8, one right after another.
+    """
+
+    name: str
+    weight: float
+    train: PackedRows
+    heldout: PackedRows
+    heldout_file: Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """What `prepare` leaves: everything the loaders and the evaluation need.
+
+    Bits per byte of the held-out text is the loss in nats, summed over all targets of `heldout_batches`, divided by
+    ``ln 2 * heldout_bytes``: every text token and every document's end is predicted exactly once, each chunk from its
+    own beginning on, so the number stands beside ``8 * compressed size / heldout_bytes`` of a compressor. (It is only
+    as fair as the tokenizer is lossless: an unknown token or a normalizer loses text that a compressor keeps.)
+    """
+
+    config: DataConfig
+    tokenizer: Tokenizer
+    sources: tuple[PreparedSource, ...]
+
+    @property
+    def train_rows(self) -> int:
+        """Rows of one pass over all sources."""
+        return sum(len(source.train) for source in self.sources)
+
+    @property
+    def train_tokens(self) -> int:
+        """Targets of one pass over all sources."""
+        return sum(source.train.targets for source in self.sources)
+
+    @property
+    def heldout_rows(self) -> int:
+        """Rows of one pass over the held-out documents; 0 with ``heldout_fraction=0``."""
+        return sum(len(source.heldout) for source in self.sources)
+
+    @property
+    def heldout_bytes(self) -> int:
+        """UTF-8 bytes of the held-out documents."""
+        return sum(source.heldout.bytes for source in self.sources)
+
+    def heldout_text(self) -> bytes:
+        """The held-out documents as UTF-8, ``heldout_bytes`` long, for a compressor to be compared with."""
+        return b"".join(source.heldout_file.read_bytes() for source in self.sources)
+
+
+def prepare(config: DataConfig, workdir: str | os.PathLike[str], *, where: str = "data") -> Prepared:
+    """Makes the corpus ready, or finds it ready from an earlier call.
+
+    Every process of a distributed run calls this: on one machine or a shared filesystem one of them does the work while
+    the others wait; on machines with disks of their own each does it, with the same outcome (see `build_once`).
+
+    Args:
+      config: sources, tokenizer and row length.
+      workdir: the cache is ``workdir/data`` unless ``config.cache_dir`` names another.
+      where: the name of ``config`` in messages.
+
+    Raises:
+      UserError: a missing or malformed file, an empty corpus, nothing left to train on or to hold out, a full disk.
+    """
+    cache = Path(config.cache_dir or Path(workdir) / "data").expanduser()
+    if "://" in (config.cache_dir or str(workdir)):
+        raise UserError(f"{where}.cache_dir: packed rows are mapped into memory: set it to a folder on a local disk")
+    sources = [Source(source, f"{where}.sources[{i}]") for i, source in enumerate(config.sources)]
+    tokenizer = _tokenizer(config, sources, cache, where)
+    prepared = []
+    for source in sources:
+        key = _key("rows", source.fingerprint, tokenizer.fingerprint, config.heldout_fraction, config.sequence_length)
+        folder = build_once(cache / f"rows-{key}", _Packing(config, source, tokenizer))
+        prepared.append(
+            PreparedSource(
+                name=f"{source.config.kind}:{source.config.path or 'standard library'}",
+                weight=source.config.weight,
+                train=PackedRows(folder / "train"),
+                heldout=PackedRows(folder / "heldout"),
+                heldout_file=folder / "heldout.txt",
+            )
+        )
+    result = Prepared(config, tokenizer, tuple(prepared))
+    if config.heldout_fraction and not result.heldout_rows:
+        documents = sum(source.train.documents for source in prepared)
+        raise UserError(
+            f"{where}.heldout_fraction={config.heldout_fraction} holds out none of {documents} documents: raise it, "
+            "cut text into more documents with split_by='paragraph', or set it to 0 to train without evaluation"
+        )
+    return result
+
+
+class _Packing:
+    """Builds one source's folder: ``train/``, ``heldout/`` and ``heldout.txt``."""
+
+    def __init__(self, config: DataConfig, source: Source, tokenizer: Tokenizer):
+        self._config = config
+        self._source = source
+        self._tokenizer = tokenizer
+
+    def __call__(self, folder: Path) -> None:
+        source, fraction, began = self._source, self._config.heldout_fraction, time.monotonic()
+        with contextlib.ExitStack() as stack:
+            train = stack.enter_context(contextlib.closing(self._writer(folder / "train")))
+            heldout = stack.enter_context(contextlib.closing(self._writer(folder / "heldout")))
+            heldout_file = stack.enter_context(open(folder / "heldout.txt", "wb"))
+            for batch in _batches(source.documents()):
+                self._add(batch, train, heldout, heldout_file)
+            counts, held = train.finish(), heldout.finish()
+        if not counts["documents"]:
+            path = source.config.path or "the standard library"
+            if held["documents"]:
+                raise UserError(
+                    f"{source.where}: all {held['documents']} documents of {path} are held out: lower heldout_fraction="
+                    f"{fraction}, or cut the text into more documents"
+                )
+            raise UserError(f"{source.where}: no text in the {len(source.files)} file(s) of {path}: give another path")
+        _log.info(
+            "%s: %d documents, %d tokens in %d rows of %d (%.1f%% full); %d documents held out; %.1f s",
+            source.where,
+            counts["documents"],
+            counts["targets"],
+            counts["rows"],
+            counts["sequence_length"],
+            100 * counts["targets"] / (counts["rows"] * counts["sequence_length"]),
+            held["documents"],
+            time.monotonic() - began,
+        )
+
+    def _writer(self, directory: Path) -> RowWriter:
+        tokenizer = self._tokenizer
+        return RowWriter(
+            directory,
+            sequence_length=self._config.sequence_length,
+            bos_id=tokenizer.bos_id,
+            eos_id=tokenizer.eos_id,
+            vocab_size=tokenizer.vocab_size,
+        )
+
+    def _add(self, batch: list[Document], train: RowWriter, heldout: RowWriter, heldout_file: BinaryIO) -> None:
+        pieces = [_pieces(document.text) for document in batch]
+        encoded = iter(self._tokenizer.encode_batch([piece for document in pieces for piece in document]))
+        for document, parts in zip(batch, pieces, strict=True):
+            ids = [token for _ in parts for token in next(encoded)]
+            text = document.text.encode()
+            if is_heldout(document.key, self._config.heldout_fraction):
+                heldout.add(ids, len(text))
+                heldout_file.write(text)
+            else:
+                train.add(ids, len(text))
+
+
+def _tokenizer(config: DataConfig, sources: list[Source], cache: Path, where: str) -> Tokenizer:
+    """Loads the configured tokenizer, or trains one on the training documents and keeps it in the cache."""
+    settings = config.tokenizer
+    if settings.path:
+        return Tokenizer.load(settings.path, f"{where}.tokenizer.path")
+    corpus = [(source.fingerprint, source.config.weight) for source in sources]
+    key = _key("tokenizer", corpus, config.heldout_fraction, settings.vocab_size, settings.sample_bytes)
+
+    def train(folder: Path) -> None:
+        began = time.monotonic()
+        tokenizer = Tokenizer.train(_sample(config, sources), settings.vocab_size)
+        tokenizer.save(folder)
+        _log.info("trained a tokenizer of %d entries in %.1f s", tokenizer.vocab_size, time.monotonic() - began)
+
+    return Tokenizer.load(build_once(cache / f"tokenizer-{key}", train))
+
+
+def _sample(config: DataConfig, sources: list[Source]) -> Iterator[str]:
+    """Training text for the tokenizer: a share of ``sample_bytes`` of each source, by weight, never held-out text."""
+    total = sum(source.config.weight for source in sources)
+    for source in sources:
+        budget = int(config.tokenizer.sample_bytes * source.config.weight / total)
+        for document in source.documents(scattered=True):
+            if is_heldout(document.key, config.heldout_fraction):
+                continue
+            text = document.text[:budget]  # characters: at most this many, and never fewer than the bytes allow
+            yield text
+            budget -= len(text.encode())
+            if budget <= 0:
+                break
+
+
+def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    """Groups documents until they hold enough text to keep all cores tokenizing."""
+    batch: list[Document] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text)
+        if characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _pieces(text: str) -> list[str]:
+    """Cuts a very long text at line ends, since the tokenizer needs some hundred bytes of memory per byte of input."""
+    pieces = []
+    start = 0
+    while len(text) - start > _PIECE_CHARACTERS:
+        end = text.rfind("\n", start, start + _PIECE_CHARACTERS) + 1 or start + _PIECE_CHARACTERS
+        pieces.append(text[start:end])
+        start = end
+    return [*pieces, text[start:]]
+
+
+def _key(*parts: object) -> str:
+    return hashlib.blake2b(repr((_FORMAT, *parts)).encode(), digest_size=12).hexdigest()
