@@ -1,0 +1,161 @@
+"""Hugging Face weights into the parameter tree, a few rows at a time."""
+
+import collections
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ml.errors import UserError
+from ml.models.config import TransformerConfig
+from ml.models.huggingface.names import Tensor, ignored, leaf_shapes, tensors
+from ml.models.huggingface.read_config import parse_config, read_json
+from ml.models.huggingface.safetensors_io import FLOAT_DTYPES, SafetensorsFile, storable_dtype
+
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def load_params(
+    folder: str | Path,
+    config: TransformerConfig,
+    *,
+    dtype: Any = None,
+    sharding: Callable[[str], jax.sharding.Sharding] | None = None,
+) -> dict[str, Any]:
+    """Reads the weights of a Hugging Face model folder into the parameter tree of `Transformer`.
+
+    Streamed: beside the result, host memory holds one chunk of a tensor (16 MB) and, with ``sharding``, one leaf.
+
+    Args:
+      folder: holds ``config.json`` and ``model.safetensors``, or ``model.safetensors.index.json`` and its shards.
+      config: the folder's architecture, from `load_config`.
+      dtype: of the result; ``None``: each leaf as stored (float32 where its layers differ).
+      sharding: placement of each leaf by its path (``"layers/attention/query/kernel"``); called once a leaf, on every
+        process of a multi-process run. ``None``: NumPy arrays on the host.
+
+    Raises:
+      UserError: a missing, unexpected, wrongly shaped, quantized or truncated tensor or file (named).
+    """
+    folder = Path(folder)
+    family = parse_config(*read_json(folder))[0]
+    files = _open(folder)
+    table = tensors(config, family, files)
+    _check(folder, config, table, files)
+
+    shapes, dtypes = leaf_shapes(config), _leaf_dtypes(table, files, dtype)
+    pending = collections.Counter(part.path for tensor in table for part in tensor.parts)
+    filling: dict[str, np.ndarray] = {}
+    params: dict[str, Any] = {}
+    for tensor in table:
+        targets = []
+        for part in tensor.parts:
+            if part.path not in filling:
+                filling[part.path] = np.empty(shapes[part.path], dtypes[part.path])
+            targets.append(part.view(filling[part.path][part.index]))
+        _copy_rows(files[tensor.name], tensor, targets)
+        for part in tensor.parts:
+            pending[part.path] -= 1
+            if not pending[part.path]:
+                leaf = filling.pop(part.path)
+                _insert(params, part.path, leaf if sharding is None else _place(leaf, sharding(part.path)))
+    if config.tie_embeddings and "lm_head.weight" in files:
+        _check_tied(files, table[0].name)
+    return params
+
+
+def _leaf_dtypes(table: list[Tensor], files: dict[str, SafetensorsFile], dtype: Any) -> dict[str, np.dtype]:
+    stored: dict[str, set[np.dtype]] = collections.defaultdict(set)
+    for tensor in table:
+        for part in tensor.parts:
+            # Reading refuses whatever is not a plain float, so its stand-in here is never used.
+            code = files[tensor.name].entries[tensor.name].dtype
+            stored[part.path].add(FLOAT_DTYPES.get(code, np.dtype(np.float32)))
+    if dtype is not None:
+        return dict.fromkeys(stored, storable_dtype(dtype))
+    return {path: found.pop() if len(found) == 1 else np.dtype(np.float32) for path, found in stored.items()}
+
+
+def _copy_rows(file: SafetensorsFile, tensor: Tensor, targets: list[np.ndarray]) -> None:
+    for first, rows in file.rows(tensor.name):
+        offset = 0
+        for target in targets:
+            destination = target[first : first + len(rows)]
+            width = target.shape[1]
+            destination[...] = rows[:, offset : offset + width]
+            offset += width
+
+
+def _place(leaf: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    # By callback, for processes that hold only some of the shards.
+    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+
+
+def _insert(params: dict[str, Any], path: str, leaf: Any) -> None:
+    *scopes, name = path.split("/")
+    for scope in scopes:
+        params = params.setdefault(scope, {})
+    params[name] = leaf
+
+
+def _open(folder: Path) -> dict[str, SafetensorsFile]:
+    """Tensor name -> the file that holds it."""
+    if (folder / _INDEX).exists():
+        try:
+            weight_map = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
+            wanted = {str(name): str(shard) for name, shard in weight_map.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{folder / _INDEX}: malformed ({error}); download it again") from None
+        shards = sorted(set(wanted.values()))
+        for shard in shards:
+            if Path(shard).name != shard or not (folder / shard).is_file():
+                raise UserError(f"{folder / shard}: no such file, though {_INDEX} lists it; download it again")
+        files = {name: file for shard in shards for file in [SafetensorsFile(folder / shard)] for name in file.entries}
+        for name, shard in wanted.items():
+            if name not in files:
+                raise UserError(
+                    f"{folder / shard}: lacks tensor {name}, which {_INDEX} places there; download it again"
+                )
+        return files
+    if (folder / _WEIGHTS).exists():
+        file = SafetensorsFile(folder / _WEIGHTS)
+        return dict.fromkeys(file.entries, file)
+    if found := sorted(path.name for path in folder.glob("*.bin")):
+        raise UserError(
+            f"{folder / found[0]}: a pickle, which is never loaded; convert it with transformers: "
+            f"AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, safe_serialization=True)"
+        )
+    raise UserError(f"{folder}: neither {_WEIGHTS} nor {_INDEX} is there; download the weights as safetensors")
+
+
+def _check(folder: Path, config: TransformerConfig, table: Iterable[Tensor], files: dict[str, SafetensorsFile]) -> None:
+    """Compares names and shapes before anything is read."""
+    where = f"in {_INDEX if (folder / _INDEX).exists() else _WEIGHTS}"
+    names = {tensor.name for tensor in table}
+    for tensor in table:
+        if tensor.name not in files:
+            raise UserError(f"{folder}: tensor {tensor.name} is missing {where}; config.json promises it")
+        entry = files[tensor.name].entries[tensor.name]
+        if entry.shape != tensor.shape:
+            raise UserError(
+                f"{files[tensor.name].path}: tensor {tensor.name} has shape {list(entry.shape)}; "
+                f"by config.json it must be {list(tensor.shape)}"
+            )
+    for name, file in files.items():
+        tied = config.tie_embeddings and name == "lm_head.weight"
+        if name not in names and not tied and not ignored(name, config):
+            raise UserError(f"{file.path}: unexpected tensor {name}: config.json describes an architecture without it")
+
+
+def _check_tied(files: dict[str, SafetensorsFile], embedding: str) -> None:
+    """A tied checkpoint may repeat its embedding as ``lm_head``, but not contradict it."""
+    file, other = files["lm_head.weight"], files[embedding]
+    same = file.entries["lm_head.weight"].shape == other.entries[embedding].shape
+    pairs = zip(file.rows("lm_head.weight"), other.rows(embedding), strict=False)
+    if not same or not all(np.array_equal(a, b) for (_, a), (_, b) in pairs):
+        raise UserError(
+            f"{file.path}: lm_head.weight differs from {embedding}, yet config.json ties them; "
+            "set tie_word_embeddings to false there"
+        )
