@@ -1,5 +1,6 @@
 """Reads documents out of Python source, text, JSONL, Parquet and ArrayRecord files, streaming, one at a time."""
 
+import contextlib
 import hashlib
 import io
 import json
@@ -200,7 +201,8 @@ def _read_local_array_record(path: str, file: SourceFile, source: Source) -> Ite
     except (IndexError, RuntimeError) as error:
         raise UserError(f"{file.path}: cannot be read as ArrayRecord ({error}): write it again") from error
     finally:
-        reader.close()
+        with contextlib.suppress(RuntimeError):  # closing tells of a damaged file once more
+            reader.close()
 
 
 def _local_filesystem() -> type:
