@@ -1,0 +1,19 @@
+"""What a run shows and keeps: a bar on the terminal, ``metrics.jsonl``, TensorBoard events, ``loss.png``, a closing report."""
+
+from ml.train.reporting.metrics_file import MetricsFile, read_metrics
+from ml.train.reporting.plots import plot_loss
+from ml.train.reporting.progress import ProgressDisplay
+from ml.train.reporting.report import Report, gzip_bits_per_byte, print_report, xz_bits_per_byte
+from ml.train.reporting.tensorboard import TensorBoardWriter
+
+__all__ = [
+    "MetricsFile",
+    "ProgressDisplay",
+    "Report",
+    "TensorBoardWriter",
+    "gzip_bits_per_byte",
+    "plot_loss",
+    "print_report",
+    "read_metrics",
+    "xz_bits_per_byte",
+]

@@ -1,0 +1,170 @@
+"""``loss.png``: a run in one picture."""
+
+import io
+import math
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ml.train.reporting.progress import short_number
+
+_INK, _GREY, _GRID = "#222222", "#666666", "#e6e6e6"
+_BLUE, _ORANGE, _GREEN, _RED = "#1f5fa8", "#e07b00", "#2a8a57", "#b5403f"
+
+
+def plot_loss(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], *, title: str | None = None) -> None:
+    """Draws loss, learning rate and gradient norm over steps, and writes a PNG (atomically).
+
+    Args:
+      rows: of `read_metrics`, ascending in ``step``. Read where present: ``loss`` and ``eval_loss`` (nats per token),
+        ``learning_rate``, ``gradient_norm``, and ``tokens`` (of that step; their running sum is the axis on top).
+      path: where to write; parent directories must exist.
+      title: above the picture.
+
+    Raises:
+      OSError: the file cannot be written.
+    """
+    # Not pyplot: it keeps global state, and chooses a backend that may want a display.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.6, 6.4), dpi=150, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    steps = np.array([row["step"] for row in rows], dtype=float)
+    lower = any(_finite(rows, key)[0].size for key in ("learning_rate", "gradient_norm"))
+    if lower:
+        loss_axes, lower_axes = figure.subplots(2, 1, sharex=True, height_ratios=[2.6, 1])
+        _draw_rate_and_norm(lower_axes, rows)
+    else:
+        loss_axes = figure.subplots()
+    bottom = lower_axes if lower else loss_axes
+    _draw_loss(loss_axes, rows)
+    if steps.size:
+        bottom.set_xlim(min(steps[0], 1) if steps.size > 1 else steps[0] - 1, max(steps[-1], steps[0] + 1))
+    _tokens_on_top(loss_axes, rows)
+    bottom.set_xlabel("step", fontsize=12, color=_INK)
+    if title:
+        figure.suptitle(title, fontsize=14, color=_INK)
+
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    path = pathlib.Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_bytes(picture.getvalue())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def smooth(values: np.ndarray, width: int) -> np.ndarray:
+    """Centered mean over ``width`` neighbours (fewer at the ends, alike on both sides), so that nothing is shifted.
+
+    Args:
+      values: ``[n]``.
+      width: odd number of values.
+    """
+    half = np.minimum(width // 2, np.minimum(np.arange(len(values)), np.arange(len(values))[::-1]))
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    index = np.arange(len(values))
+    return (total[index + half + 1] - total[index - half]) / (2 * half + 1)
+
+
+def _finite(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of the rows that hold a finite ``key``."""
+    points = [(row["step"], float(row[key])) for row in rows if row.get(key) is not None]
+    points = [(step, value) for step, value in points if math.isfinite(value)]
+    return np.array([p[0] for p in points], dtype=float), np.array([p[1] for p in points], dtype=float)
+
+
+def _draw_loss(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    steps, loss = _finite(rows, "loss")
+    heldout_steps, heldout = _finite(rows, "eval_loss")
+    few = loss.size < 30
+    if few:
+        axes.plot(steps, loss, color=_BLUE, linewidth=1.8, label="training", zorder=3)
+        trend = loss
+    else:
+        trend = smooth(loss, 2 * (loss.size // 50) + 3)
+        axes.plot(steps, loss, color=_BLUE, alpha=0.28, linewidth=0.8, label="training, each step", zorder=2)
+        axes.plot(steps, trend, color=_BLUE, linewidth=2.0, label="training, smoothed", zorder=3)
+    if heldout.size:
+        style = {"color": _ORANGE, "marker": "o", "markersize": 6, "linewidth": 1.2, "markeredgecolor": "white"}
+        axes.plot(heldout_steps, heldout, label="held-out", zorder=4, clip_on=False, **style)
+        axes.annotate(
+            f"{heldout[-1]:.3f}",
+            (heldout_steps[-1], heldout[-1]),
+            xytext=(0, 9),
+            textcoords="offset points",
+            ha="right",
+            fontsize=12,
+            color=_ORANGE,
+            fontweight="bold",
+        )
+    if loss.size:
+        # One spike must not flatten the whole curve.
+        top = max(trend.max(), np.percentile(loss, 99.5), heldout.max(initial=-np.inf))
+        bottom = min(np.percentile(loss, 0.2), trend.min(), heldout.min(initial=np.inf))
+        margin = 0.05 * (top - bottom) or 0.1
+        axes.set_ylim(bottom - margin, top + margin)
+    _style(axes)
+    axes.set_ylabel("loss (nats per token)", fontsize=12, color=_INK)
+    if loss.size or heldout.size:
+        axes.legend(loc="upper right", fontsize=11, frameon=False)
+
+
+def _draw_rate_and_norm(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    _style(axes)
+    steps, rate = _finite(rows, "learning_rate")
+    if rate.size:
+        axes.plot(steps, rate, color=_GREEN, linewidth=1.8)
+        axes.set_ylim(0, rate.max() * 1.08 or 1)
+        axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
+    axes.set_ylabel("learning rate", fontsize=12, color=_GREEN)
+    axes.tick_params(axis="y", colors=_GREEN)
+
+    steps, norm = _finite(rows, "gradient_norm")
+    if not norm.size:
+        return
+    right = axes.twinx()
+    right.plot(steps, norm, color=_RED, alpha=0.8, linewidth=0.9)
+    if norm.min() > 0 and norm.max() > 20 * np.median(norm):
+        right.set_yscale("log")
+    else:
+        right.set_ylim(0, np.percentile(norm, 99.5) * 1.15 or 1)
+    right.set_ylabel("gradient norm", fontsize=12, color=_RED)
+    right.tick_params(axis="y", colors=_RED, labelsize=11, length=0)
+    for spine in right.spines.values():
+        spine.set_visible(False)
+
+
+def _tokens_on_top(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A second axis that tells how many tokens had been seen; ticks lie at round numbers of tokens."""
+    from matplotlib.ticker import MaxNLocator
+
+    steps, tokens = _finite(rows, "tokens")
+    if steps.size < 2 or not tokens.sum():
+        return
+    seen = np.cumsum(tokens)
+    ticks = [tick for tick in MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]).tick_values(0, seen[-1]) if 0 < tick <= seen[-1]]
+    top = axes.secondary_xaxis("top")
+    top.set_ticks(np.interp(ticks, seen, steps), [short_number(tick) for tick in ticks])
+    top.tick_params(colors=_GREY, labelsize=11, length=3)
+    top.spines["top"].set_visible(False)
+    top.set_xlabel("training tokens", fontsize=12, color=_GREY)
+
+
+def _style(axes: Any) -> None:
+    from matplotlib.ticker import FuncFormatter
+
+    axes.grid(color=_GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=_INK, labelsize=11, length=0)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
+    for side, spine in axes.spines.items():
+        spine.set_visible(side == "bottom")
+        spine.set_color(_GREY)

@@ -1,0 +1,133 @@
+"""The closing report of a run: how well, how fast, and where everything lies."""
+
+import dataclasses
+import gzip
+import lzma
+import os
+from collections.abc import Iterable, Mapping
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ml.train.reporting.progress import duration, short_number
+
+_BAR_WIDTH = 24
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a finished run has to tell.
+
+    Attributes:
+      bits_per_byte: of the model on held-out text; ``None``: not evaluated.
+      gzip_bits_per_byte, xz_bits_per_byte: of the same text; ``None``: left out.
+      heldout_bytes: size of that text.
+      steps: steps done.
+      tokens: tokens trained on, in all.
+      tokens_per_second: training speed.
+      seconds: wall time.
+      parameters: number of trained parameters.
+      device: such as ``8 x TPU v5p``.
+      flops_utilization: model FLOPs utilization, in [0, 1]; ``None``: unknown.
+      files: what lies where: label -> path, in the order to show.
+      sample: a text that the model wrote.
+    """
+
+    bits_per_byte: float | None
+    gzip_bits_per_byte: float | None
+    xz_bits_per_byte: float | None
+    heldout_bytes: int
+    steps: int
+    tokens: int
+    tokens_per_second: float
+    seconds: float
+    parameters: int
+    device: str
+    flops_utilization: float | None = None
+    files: Mapping[str, str | os.PathLike[str]] = dataclasses.field(default_factory=dict)
+    sample: str | None = None
+
+
+def gzip_bits_per_byte(texts: Iterable[bytes]) -> float:
+    """Bits that ``gzip -9`` needs for a byte of the concatenated texts, header included.
+
+    Raises:
+      ValueError: the texts are empty.
+    """
+    return _bits_per_byte(texts, lambda text: gzip.compress(text, compresslevel=9, mtime=0))
+
+
+def xz_bits_per_byte(texts: Iterable[bytes]) -> float:
+    """Bits that ``xz -9`` needs for a byte of the concatenated texts, header included.
+
+    Raises:
+      ValueError: the texts are empty.
+    """
+    return _bits_per_byte(texts, lambda text: lzma.compress(text, format=lzma.FORMAT_XZ, preset=9))
+
+
+def print_report(report: Report, console: Console) -> None:
+    """Prints the report: a comparison, the figures, and paths that a mouse can copy whole."""
+    console.print()
+    if report.sample:
+        console.rule(Text("written by the model"), style="dim")
+        console.print(Text(report.sample.rstrip("\n")))
+    console.rule(Text("result"), style="dim")
+    if report.bits_per_byte is not None:
+        console.print(_comparison(report))
+        console.print()
+
+    figures = {
+        "trained": f"{report.steps:,} steps, {short_number(report.tokens)} tokens in {duration(report.seconds)}",
+        "speed": f"{short_number(report.tokens_per_second)} tokens/s",
+        "model": f"{short_number(report.parameters)} parameters",
+        "device": report.device,
+    }
+    if report.flops_utilization is not None:
+        figures["speed"] += f", {report.flops_utilization:.1%} of the device's peak FLOP/s"
+    # Not a table: it would cut or fold long paths.
+    lines = figures | {label: os.fspath(path) for label, path in report.files.items()}
+    width = max(map(len, lines))
+    for label, text in lines.items():
+        console.print(
+            Text.assemble((f"{label:<{width}}", "dim"), "  ", text), soft_wrap=True, highlight=False, overflow="ignore"
+        )
+
+
+def _comparison(report: Report) -> Table:
+    assert report.bits_per_byte is not None
+    entries = [("this model", report.bits_per_byte)]
+    if report.xz_bits_per_byte is not None:
+        entries.append(("xz -9", report.xz_bits_per_byte))
+    if report.gzip_bits_per_byte is not None:
+        entries.append(("gzip -9", report.gzip_bits_per_byte))
+    longest = max(value for _, value in entries)
+    table = Table(
+        title=f"bits per byte on {short_number(report.heldout_bytes)}B of held-out text (less is better)",
+        title_justify="left",
+        title_style="",
+        box=None,
+        show_header=False,
+        padding=(0, 2, 0, 0),
+    )
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    for name, value in sorted(entries, key=lambda entry: entry[1]):
+        ours = name == "this model"
+        bar = "█" * max(1, round(_BAR_WIDTH * value / longest))
+        against = "" if ours else f"{abs(1 - report.bits_per_byte / value):.0%} "
+        if not ours:
+            against = f"the model needs {against}{'less' if report.bits_per_byte < value else 'more'}"
+        style = "bold green" if ours else ""
+        table.add_row(Text(name, style), Text(f"{value:.3f}", style), Text(bar, style or "dim"), Text(against, "dim"))
+    return table
+
+
+def _bits_per_byte(texts: Iterable[bytes], compress) -> float:
+    text = b"".join(texts)
+    if not text:
+        raise ValueError("no text to compress")
+    return 8 * len(compress(text)) / len(text)
