@@ -1,0 +1,84 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ml.optim.trust_ratio import scale_by_trust_ratio
+
+
+def apply(axes, updates, params, **options):
+    transform = scale_by_trust_ratio(axes, **options)
+    return jax.jit(transform.update)(updates, transform.init(params), params)[0]
+
+
+def test_two_layers_get_the_ratios_1_and_100():
+    # Pooled over the stack, both would get sqrt((1 + 100**2) / 2) = 70.7.
+    params = {"kernel": jnp.stack([jnp.ones((3, 4)), 100 * jnp.ones((3, 4))])}
+    updates = {"kernel": jnp.ones((2, 3, 4))}
+    scaled = apply({"kernel": ("layers", "embed", "mlp")}, updates, params)
+    np.testing.assert_allclose(scaled["kernel"][0], 1, rtol=1e-6)
+    np.testing.assert_allclose(scaled["kernel"][1], 100, rtol=1e-6)
+
+
+def test_stacked_axes_may_lie_anywhere_and_experts_are_separate():
+    scales = np.array([[1.0, 10.0, 100.0], [2.0, 20.0, 200.0]], np.float32)  # [layers, expert]
+    params = {"kernel": np.einsum("le,mn->mlne", scales, np.ones((4, 5), np.float32))}
+    scaled = apply(
+        {"kernel": ("embed", "layers", "mlp", "expert")}, {"kernel": np.ones((4, 2, 5, 3), np.float32)}, params
+    )
+    np.testing.assert_allclose(scaled["kernel"], params["kernel"], rtol=1e-6)
+
+
+def test_update_norm_equals_weight_norm_per_tensor_and_excluded_leaves_pass(axes, params, gradients):
+    scaled = apply(axes, gradients[0], params)
+    for path, x in jax.tree_util.tree_leaves_with_path(params):
+        names = jax.tree_util.keystr(path, simple=True, separator="/")
+        node_axes, node_scaled, node_gradient = axes, scaled, gradients[0]
+        for name in names.split("/"):
+            node_axes, node_scaled, node_gradient = node_axes[name], node_scaled[name], node_gradient[name]
+        if names.endswith(("scale", "bias")):
+            np.testing.assert_array_equal(node_scaled, node_gradient)
+            continue
+        inside = tuple(i for i, name in enumerate(node_axes) if name not in ("layers", "expert"))
+        norms = [np.sqrt(np.sum(np.square(np.float64(a)), axis=inside)) for a in (x, node_scaled)]
+        np.testing.assert_allclose(norms[1], norms[0], rtol=1e-6, err_msg=names)
+
+
+@pytest.mark.parametrize("zero", ["weights", "updates"])
+def test_ratio_is_one_where_either_norm_is_zero_even_with_bounds(zero):
+    x, u = np.full((2, 3), 5.0, np.float32), np.full((2, 3), 2.0, np.float32)
+    (x if zero == "weights" else u)[0] = 0
+    scaled = apply({"w": ("layers", "embed")}, {"w": u}, {"w": x}, norm_min=7.0, ratio_min=3.0)["w"]
+    np.testing.assert_array_equal(scaled[0], u[0])
+    np.testing.assert_allclose(scaled[1], 2.0 * max(5 * np.sqrt(3) / (2 * np.sqrt(3)), 3.0), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "expected"),
+    [
+        ({}, [0.5, 5.0, 50.0]),
+        ({"norm_max": 10.0}, [0.5, 5.0, 5.0]),
+        ({"norm_min": 4.0}, [2.0, 5.0, 50.0]),
+        ({"ratio_max": 3.0}, [0.5, 3.0, 3.0]),
+        ({"ratio_min": 1.0, "ratio_max": 10.0}, [1.0, 5.0, 10.0]),
+    ],
+)
+def test_bounds(bounds, expected):
+    params, updates = {"w": jnp.array([[1.0], [10.0], [100.0]])}, {"w": jnp.full((3, 1), 2.0)}
+    scaled = apply({"w": ("layers", "embed")}, updates, params, **bounds)["w"]
+    np.testing.assert_allclose(scaled[:, 0] / 2.0, expected, rtol=1e-6)
+
+
+def test_norms_are_float32_for_bfloat16_weights():
+    # 4096 ones: in bfloat16 a running sum of squares stalls at 256.
+    params, updates = {"w": jnp.ones(4096, jnp.bfloat16)}, {"w": jnp.ones(4096, jnp.bfloat16) / 64}
+    scaled = apply({"w": ("embed",)}, updates, params)["w"]
+    assert scaled.dtype == jnp.bfloat16
+    np.testing.assert_allclose(scaled.astype(jnp.float32), 1, rtol=1e-2)
+
+
+def test_missing_or_wrong_axes_name_the_parameter():
+    with pytest.raises(ValueError, match=r"no logical axes.*\['v'\]"):
+        apply({"w": ("embed",)}, {"v": jnp.ones(3)}, {"v": jnp.ones(3)})
+    with pytest.raises(ValueError, match=r"\['w'\] has shape \(3, 3\)"):
+        apply({"w": ("embed",)}, {"w": jnp.ones((3, 3))}, {"w": jnp.ones((3, 3))})
