@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from absl import flags
-from app import run
 
 LENGTH = 40  # longer than every sliding window and every original context below
 
@@ -155,8 +154,15 @@ def _stddev(name: str, shape: tuple[int, ...], case: Case) -> float:
 
 
 def write_golden(name: str, case: Case, folder: Path) -> None:
-    """Writes ``config.json``, ``model.safetensors`` (float32) and ``logits.npy`` of one case."""
+    """Writes ``config.json``, ``model.safetensors`` (bfloat16) and ``logits.npy`` (computed in float32) of one case."""
+    import torch
+
     model = build(case)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(weight.bfloat16())
+    expected = logits(model, tokens(batch=1))
+    model.bfloat16()
     with tempfile.TemporaryDirectory() as scratch:
         model.save_pretrained(scratch)
         target = folder / name
@@ -164,7 +170,7 @@ def write_golden(name: str, case: Case, folder: Path) -> None:
         target.mkdir(parents=True)
         for file in ("config.json", "model.safetensors"):
             shutil.copyfile(Path(scratch) / file, target / file)
-    np.save(target / "logits.npy", logits(model, tokens(batch=1)))
+    np.save(target / "logits.npy", expected)
 
 
 def main() -> None:
@@ -188,5 +194,7 @@ Example:
 """
 
 if __name__ == "__main__":
+    from app import run
+
     flags.DEFINE_string("output", "tests/models/golden", "folder to write to")
     run(main, usage=USAGE)

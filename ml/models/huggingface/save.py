@@ -1,13 +1,9 @@
 """The parameter tree out to a Hugging Face folder that transformers loads."""
 
-import contextlib
 import functools
 import json
 import math
-import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +14,7 @@ import numpy as np
 from ml.errors import UserError
 from ml.models.config import TransformerConfig
 from ml.models.huggingface.names import Tensor, leaf_shapes, tensors
+from ml.models.huggingface.output_folder import appearing
 from ml.models.huggingface.safetensors_io import CHUNK_BYTES, Outgoing, storable_dtype, write
 from ml.models.huggingface.tokenizers import special_ids, write_tokenizer
 from ml.models.huggingface.write_config import write_config
@@ -70,7 +67,7 @@ def save_pretrained(
         for tensor in tensors(config, family)
     ]
     shards = _split(outgoing, _parse_size(max_shard_size))
-    with _appearing(folder, overwrite) as partial:
+    with appearing(folder, overwrite) as partial:
         (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         if tokenizer_path is not None:
             write_tokenizer(partial, tokenizer_path, config.max_length)
@@ -127,43 +124,6 @@ def _split(table: list[Outgoing], limit: int) -> list[list[Outgoing]]:
         shards[-1].append(tensor)
         used += tensor.nbytes
     return shards
-
-
-@contextlib.contextmanager
-def _appearing(folder: Path, overwrite: bool) -> Iterator[Path]:
-    """A directory to write into that becomes ``folder`` on success and vanishes on failure."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: is a file; choose another output folder")
-    occupied = folder.is_dir() and any(folder.iterdir())
-    if occupied and not overwrite:
-        raise UserError(f"{folder}: not empty; choose another output folder or remove it")
-    partial = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
-        yield partial
-        partial.chmod(0o777 & ~_umask())
-        for path in partial.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        if occupied:
-            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old-", dir=folder.parent))
-            folder.rename(old / "replaced")
-            partial.rename(folder)
-            shutil.rmtree(old)
-        else:
-            partial.rename(folder)  # replaces an empty directory
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error.strerror or error}; nothing was left there") from error
-    finally:
-        if partial is not None and partial.exists():
-            shutil.rmtree(partial, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _parse_size(size: int | str) -> int:

@@ -1,0 +1,108 @@
+"""Models by folder: a training run's work directory or a Hugging Face folder, read alike; and the former written."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ml.checkpoint.checkpointer import Checkpointer
+from ml.checkpoint.params import restore_params
+from ml.config import build, to_dict
+from ml.errors import UserError
+from ml.models.config import TransformerConfig
+from ml.models.huggingface import load_config, load_params
+from ml.models.huggingface.output_folder import appearing
+from ml.models.huggingface.tokenizers import write_tokenizer
+
+_EXPERIMENT = "experiment.json"
+
+
+def load_model(
+    path: str | os.PathLike[str],
+    *,
+    step: int | None = None,
+    dtype: Any = None,
+    sharding: Callable[[str], jax.sharding.Sharding] | None = None,
+) -> tuple[TransformerConfig, dict[str, Any], Path | None]:
+    """Loads a model without knowing which kind of folder holds it.
+
+    Args:
+      path: a work directory (``experiment.json``, ``checkpoints/``) or a Hugging Face folder (``config.json``).
+      step: which checkpoint of a work directory; ``None``: the newest that is whole.
+      dtype: of the parameters; ``None``: as saved.
+      sharding: placement of each leaf by its path (``"layers/mlp/up/kernel"``); ``None``: the default device.
+
+    Returns:
+      The architecture, its parameters as JAX arrays, and the ``tokenizer.json`` (``None`` if there is none).
+
+    Raises:
+      UserError: neither kind of folder, or something in it is missing, damaged or unsupported.
+    """
+    folder = Path(path).expanduser()
+    place = sharding if sharding is not None else _on_default_device
+    if (folder / _EXPERIMENT).is_file():
+        config = _read_experiment(folder / _EXPERIMENT)
+        params = restore_params(folder, step, dtype=dtype)[1]
+        if sharding is not None:
+            params = jax.tree.map_with_path(lambda keys, leaf: jax.device_put(leaf, place(_join(keys))), params)
+    elif (folder / "config.json").is_file():
+        if step is not None:
+            raise UserError(f"{folder}: a Hugging Face folder has no checkpoint steps; leave the step out")
+        config = load_config(folder)
+        params = load_params(folder, config, dtype=dtype, sharding=place)
+    else:
+        found = "no such folder" if not folder.is_dir() else f"neither {_EXPERIMENT} nor config.json is there"
+        raise UserError(f"{folder}: {found}; give a work directory of scripts/train.py or a Hugging Face model folder")
+    tokenizer = folder / "tokenizer.json"
+    return config, params, tokenizer if tokenizer.is_file() else None
+
+
+def save_workdir(
+    folder: str | os.PathLike[str],
+    config: TransformerConfig,
+    params: dict[str, Any],
+    tokenizer_path: str | os.PathLike[str] | None = None,
+) -> None:
+    """Writes a model as a work directory with the one checkpoint 0, all of it or nothing.
+
+    Args:
+      folder: to be created.
+      config: the architecture, written as group ``model`` of ``experiment.json``.
+      params: its parameters.
+      tokenizer_path: a ``tokenizer.json``, copied with the settings files beside it.
+
+    Raises:
+      UserError: the folder is not empty, or the disk is full.
+    """
+    with appearing(Path(folder).expanduser(), overwrite=False) as partial:
+        experiment = {"model": to_dict(config)}
+        (partial / _EXPERIMENT).write_text(json.dumps(experiment, indent=2) + "\n", encoding="utf-8")
+        if tokenizer_path is not None:
+            write_tokenizer(partial, tokenizer_path, config.max_length)
+        with Checkpointer(partial) as checkpointer:
+            checkpointer.save(0, {"params": params}, None, force=True)
+
+
+def _read_experiment(path: Path) -> TransformerConfig:
+    try:
+        experiment = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: malformed JSON: {error.msg}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(experiment, dict) or not isinstance(experiment.get("model"), dict):
+        raise UserError(f"{path}: has no group 'model'; is it the experiment.json of a training run?")
+    return build(TransformerConfig, experiment["model"], f"{path}: model")
+
+
+def _on_default_device(path: str) -> jax.sharding.Sharding:
+    default = jax.config.jax_default_device
+    device = default if isinstance(default, jax.Device) else jax.local_devices()[0]
+    return jax.sharding.SingleDeviceSharding(device)
+
+
+def _join(keys: tuple[Any, ...]) -> str:
+    return "/".join(str(getattr(key, "key", key)) for key in keys)

@@ -1,0 +1,61 @@
+"""Converts models between Hugging Face folders and work directories."""
+
+import os
+import sys
+from pathlib import Path
+
+# Weights pass through the host only; a training job may own the accelerator.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from absl import flags
+from app import run
+
+from ml.checkpoint.pretrained import load_model, save_workdir
+from ml.errors import UserError
+from ml.models.huggingface import save_pretrained
+from ml.models.huggingface.output_folder import check_vacant
+
+USAGE = """Converts a Hugging Face model folder into a work directory that train.py and generate.py read, or back.
+
+Examples:
+  python scripts/convert.py --from=hf --input=Qwen3-0.6B --output=runs/qwen3
+  python scripts/convert.py --from=megabatch --input=runs/qwen3 --output=export --dtype=bfloat16
+"""
+
+_FROM = flags.DEFINE_enum("from", None, ["hf", "megabatch"], "hf: from Hugging Face; megabatch: to Hugging Face.")
+_INPUT = flags.DEFINE_string("input", None, "Folder to read.")
+_OUTPUT = flags.DEFINE_string("output", None, "Folder to create.")
+_DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"], "Of the weights; default: as stored.")
+_STEP = flags.DEFINE_integer("step", None, "Checkpoint to read (megabatch); default: the newest.", lower_bound=0)
+
+
+def main() -> None:
+    """Reads one folder, writes the other."""
+    for flag in (_FROM, _INPUT, _OUTPUT):
+        if not flag.value:
+            raise UserError(f"--{flag.name} is missing (see convert.py --help)")
+    check_vacant(Path(_OUTPUT.value))  # before hours of reading
+    from_workdir = _FROM.value == "megabatch"
+    _check_kind(_INPUT.value, from_workdir)
+    config, params, tokenizer = load_model(_INPUT.value, step=_STEP.value, dtype=_DTYPE.value)
+    if tokenizer is None:
+        print(f"note: {_INPUT.value} has no tokenizer.json, so neither will the output", file=sys.stderr)
+    if from_workdir:
+        save_pretrained(_OUTPUT.value, config, params, tokenizer)
+    else:
+        save_workdir(_OUTPUT.value, config, params, tokenizer)
+    print(_OUTPUT.value)
+
+
+def _check_kind(folder: str, workdir: bool) -> None:
+    """Both kinds of folder can be told apart, so a wrong --from is named instead of obeyed."""
+    has_experiment = os.path.exists(os.path.join(folder, "experiment.json"))
+    has_config = os.path.exists(os.path.join(folder, "config.json"))
+    if workdir and not has_experiment and has_config:
+        raise UserError(f"--input={folder} is a Hugging Face folder; use --from=hf")
+    if not workdir and has_experiment and not has_config:
+        raise UserError(f"--input={folder} is a work directory; use --from=megabatch")
+
+
+if __name__ == "__main__":
+    run(main, usage=USAGE)
