@@ -42,15 +42,14 @@ class MoE(nn.Module):
                 name="down",
             )(),
         }
-        placement = self.place("batch", None, None)
-        if placement is None:
+        if jax.sharding.get_abstract_mesh().empty:
             return _moe(c, x, weights, batch_axes=())
         # Sorting tokens by expert is local to a shard of the batch: gather the (possibly sharded) experts, then map.
+        placement = self.place("batch", None, None) or PartitionSpec(None, None, None)
         weights = jax.tree.map(lambda w: jax.reshard(w, PartitionSpec()), weights)
-        axes = placement[0]
-        axes = axes if isinstance(axes, tuple) else () if axes is None else (axes,)
+        axes = placement[0] if isinstance(placement[0], tuple) else (placement[0],)
         return jax.shard_map(
-            lambda x, weights: _moe(c, x, weights, batch_axes=axes),
+            lambda x, weights: _moe(c, x, weights, batch_axes=tuple(axis for axis in axes if axis)),
             in_specs=(placement, PartitionSpec()),
             out_specs=(placement, PartitionSpec()),
         )(x, weights)
