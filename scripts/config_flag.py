@@ -1,13 +1,14 @@
-"""The flags ``--config=FILE[:ARG]`` and ``--config.a.b=value``: a Python file gives the experiment, flags change parts of it."""
+"""The flags ``--config=FILE[:ARG]`` and ``--config.a.b=value``: a Python file, and changes to what it returns."""
 
 import ast
 import importlib.util
+import inspect
 import json
 import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 from absl import flags
@@ -54,14 +55,15 @@ def load(*, flag_values: flags.FlagValues = flags.FLAGS) -> ConfigDict:
     """Reads the file that ``--config`` names and applies the overrides in the order of the command line.
 
     A value is read as the type of the one it replaces: ``true``/``false``, a number, text, a list (``[1, 2]`` or
-    ``1,2``). ``null`` is always ``None``. Where the present value is ``None`` or a group, the text is read as JSON, and as
-    plain text where it is not JSON.
+    ``1,2``). ``null`` is always ``None``. Where the present value is ``None`` or a group, the text is read as JSON, and
+    as plain text where it is not JSON.
 
     Raises:
       UserError: no ``--config``, no such file, a file without ``get_config`` or one that fails (with its line), an
         unknown key (names the nearest), a value of the wrong type.
     """
     flag = flag_values["config"]
+    assert isinstance(flag, _ConfigFlag)
     if not flag.value:
         raise UserError(f"--config is missing: name an experiment file, as in {_EXAMPLE}")
     config = load_file(flag.value)
@@ -80,6 +82,8 @@ def load_file(spec: str) -> ConfigDict:
     match = re.fullmatch(r"(.*?\.py)(?::(.*))?", spec, re.DOTALL)
     path, argument = (match[1], match[2]) if match else (spec, None)
     get_config = _get_config(path)
+    if argument is not None and not inspect.signature(get_config).parameters:
+        raise UserError(f"--config={spec}: its get_config() takes no :ARG; write --config={path}")
     try:
         result = get_config() if argument is None else get_config(argument)
     except UserError as error:
@@ -110,6 +114,10 @@ def override(config: ConfigDict, name: str, text: str) -> None:
     keys = [int(key) if key.isdigit() else key for key in re.findall(r"[^.\[\]]+", name)]
     with config.ignore_type():
         _assign(config, keys[1:], text, "config", config)
+
+
+class _OpenGroup(ConfigDict):
+    """A group that flags have made, where the file has ``None``: its keys are checked where they are read."""
 
 
 class _ConfigFlag(flags.Flag):
@@ -204,17 +212,15 @@ def _assign(value: Any, keys: list[str | int], text: str, name: str, root: Confi
         entries = list(value)
         entries[key] = _assign(entries[key], rest, text, inner, root)
         return type(value)(entries)
-    if value is None:  # a group that is off: switch it on; whether these keys exist is checked where it is read
-        value = ConfigDict()
-        value[key] = _assign(None, rest, text, inner, root)
-        return value
+    if value is None:
+        return _OpenGroup({key: _assign(None, rest, text, inner, root)})
     if isinstance(value, list | tuple):
         raise UserError(f"--{inner}: {name} is a list; name an entry, as in --{name}[0].{key}")
-    if not isinstance(value, Mapping | ConfigDict):
+    if not isinstance(value, MutableMapping | ConfigDict):
         raise UserError(f"--{inner}: {name} has no keys, it is {_show(value)}")
-    if key not in value:
+    if key not in value and value and not isinstance(value, _OpenGroup):
         raise UserError(f"--{inner}: no such key; {_nearest_key(inner, value, root)}")
-    value[key] = _assign(value[key], rest, text, inner, root)
+    value[key] = _assign(value.get(key), rest, text, inner, root)
     return value
 
 
@@ -279,7 +285,7 @@ def _integer(text: str, name: str) -> int:
     raise _mismatch("int", text, name)
 
 
-def _sequence(text: str, present: Sequence[Any], name: str) -> Any:
+def _sequence(text: str, present: list[Any] | tuple[Any, ...], name: str) -> Any:
     """A list: JSON or Python, or entries between commas; entries take the type that all present ones share."""
     value = _literal(text)
     if not isinstance(value, list | tuple):
@@ -308,7 +314,7 @@ def _literal(text: str) -> Any:
 
 
 def _wrap(value: Any) -> Any:
-    return ConfigDict(value) if isinstance(value, dict) else value
+    return _OpenGroup(value) if isinstance(value, dict) else value
 
 
 def _show(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""What a run shows and keeps: a bar on the terminal, ``metrics.jsonl``, TensorBoard events, ``loss.png``, a closing report."""
+"""What a run shows and keeps: progress, ``metrics.jsonl``, TensorBoard events, ``loss.png``, a closing report."""
 
 from ml.train.reporting.metrics_file import MetricsFile, read_metrics
 from ml.train.reporting.plots import plot_loss

@@ -1,5 +1,6 @@
 """``metrics.jsonl``: one row a step, each step once, whatever interrupted the run."""
 
+import contextlib
 import errno
 import json
 import math
@@ -56,10 +57,8 @@ class MetricsFile:
             while written < len(line):  # a nearly full disk takes a part, and refuses the rest
                 written += self._file.write(line[written:])
         except OSError as error:
-            try:
+            with contextlib.suppress(OSError):  # else the half line is dropped on the next start
                 os.ftruncate(self._file.fileno(), start)
-            except OSError:
-                pass  # the half line is dropped on the next start
             raise _write_error(self.path, error) from error
 
     def close(self) -> None:

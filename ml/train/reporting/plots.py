@@ -74,6 +74,12 @@ def smooth(values: np.ndarray, width: int) -> np.ndarray:
     return (total[index + half + 1] - total[index - half]) / (2 * half + 1)
 
 
+def _without_spikes(values: np.ndarray) -> np.ndarray:
+    """Median of each value and its two neighbours on either side: one bad step must not lift a whole stretch."""
+    padded = np.pad(values, 2, mode="edge")
+    return np.median(np.lib.stride_tricks.sliding_window_view(padded, 5), axis=-1)
+
+
 def _finite(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and values of the rows that hold a finite ``key``."""
     points = [(row["step"], float(row[key])) for row in rows if row.get(key) is not None]
@@ -89,8 +95,8 @@ def _draw_loss(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
         axes.plot(steps, loss, color=_BLUE, linewidth=1.8, label="training", zorder=3)
         trend = loss
     else:
-        trend = smooth(loss, 2 * (loss.size // 50) + 3)
-        axes.plot(steps, loss, color=_BLUE, alpha=0.28, linewidth=0.8, label="training, each step", zorder=2)
+        trend = smooth(_without_spikes(loss), 2 * (loss.size // 50) + 3)
+        axes.plot(steps, loss, color=_BLUE, alpha=0.35, linewidth=0.8, label="training, each step", zorder=2)
         axes.plot(steps, trend, color=_BLUE, linewidth=2.0, label="training, smoothed", zorder=3)
     if heldout.size:
         style = {"color": _ORANGE, "marker": "o", "markersize": 6, "linewidth": 1.2, "markeredgecolor": "white"}
@@ -118,6 +124,8 @@ def _draw_loss(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _draw_rate_and_norm(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     _style(axes)
     steps, rate = _finite(rows, "learning_rate")
     if rate.size:
@@ -136,6 +144,7 @@ def _draw_rate_and_norm(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
         right.set_yscale("log")
     else:
         right.set_ylim(0, np.percentile(norm, 99.5) * 1.15 or 1)
+        right.yaxis.set_major_locator(MaxNLocator(3, prune="lower"))  # a 0 would lie on the last step's number
     right.set_ylabel("gradient norm", fontsize=12, color=_RED)
     right.tick_params(axis="y", colors=_RED, labelsize=11, length=0)
     for spine in right.spines.values():
@@ -152,10 +161,17 @@ def _tokens_on_top(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     seen = np.cumsum(tokens)
     ticks = [tick for tick in MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]).tick_values(0, seen[-1]) if 0 < tick <= seen[-1]]
     top = axes.secondary_xaxis("top")
-    top.set_ticks(np.interp(ticks, seen, steps), [short_number(tick) for tick in ticks])
+    top.set_ticks(np.interp(ticks, seen, steps), [_round_number(tick) for tick in ticks])
     top.tick_params(colors=_GREY, labelsize=11, length=3)
     top.spines["top"].set_visible(False)
     top.set_xlabel("training tokens", fontsize=12, color=_GREY)
+
+
+def _round_number(value: float) -> str:
+    """`short_number` without idle zeros: ``2.5M``, ``10M``."""
+    text = short_number(value)
+    digits = text.rstrip("kMBT")
+    return (digits.rstrip("0").rstrip(".") if "." in digits else digits) + text[len(digits) :]
 
 
 def _style(axes: Any) -> None:

@@ -18,7 +18,7 @@ _SPEED_WINDOW_SECONDS = 10.0
 class ProgressDisplay:
     """Shows step, loss, speed and time left on stderr.
 
-    As a context manager. On a terminal one bar is redrawn in place; elsewhere a plain line is written at the first step,
+    A context manager. On a terminal one bar is redrawn in place; elsewhere a plain line is written at the first step,
     then every ``line_seconds``, and at the end.
     """
 

@@ -4,7 +4,7 @@ import dataclasses
 import gzip
 import lzma
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from rich.console import Console
 from rich.table import Table
@@ -104,7 +104,7 @@ def _comparison(report: Report) -> Table:
         entries.append(("gzip -9", report.gzip_bits_per_byte))
     longest = max(value for _, value in entries)
     table = Table(
-        title=f"bits per byte on {short_number(report.heldout_bytes)}B of held-out text (less is better)",
+        title=f"bits per byte on {_megabytes(report.heldout_bytes)} of held-out text (less is better)",
         title_justify="left",
         title_style="",
         box=None,
@@ -118,15 +118,18 @@ def _comparison(report: Report) -> Table:
     for name, value in sorted(entries, key=lambda entry: entry[1]):
         ours = name == "this model"
         bar = "█" * max(1, round(_BAR_WIDTH * value / longest))
-        against = "" if ours else f"{abs(1 - report.bits_per_byte / value):.0%} "
-        if not ours:
-            against = f"the model needs {against}{'less' if report.bits_per_byte < value else 'more'}"
+        less = 1 - report.bits_per_byte / value
+        against = "" if ours else f"the model needs {abs(less):.1%} {'less' if less > 0 else 'more'}"
         style = "bold green" if ours else ""
         table.add_row(Text(name, style), Text(f"{value:.3f}", style), Text(bar, style or "dim"), Text(against, "dim"))
     return table
 
 
-def _bits_per_byte(texts: Iterable[bytes], compress) -> float:
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.2f} MB" if count >= 1e5 else f"{count:,} bytes"
+
+
+def _bits_per_byte(texts: Iterable[bytes], compress: Callable[[bytes], bytes]) -> float:
     text = b"".join(texts)
     if not text:
         raise ValueError("no text to compress")

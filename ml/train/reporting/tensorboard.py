@@ -16,13 +16,15 @@ class TensorBoardWriter:
     thread whose death (of a full disk, say) would leave the caller waiting for ever.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], *, purge_step: int | None = None, flush_seconds: float = 10.0):
+    def __init__(
+        self, directory: str | os.PathLike[str], *, purge_step: int | None = None, flush_seconds: float = 10.0
+    ):
         """Starts an event file of its own in ``directory``.
 
         Args:
           directory: created if missing.
-          purge_step: on resume, the first step to be written again: TensorBoard then hides what an earlier run wrote from
-            that step on.
+          purge_step: on resume, the first step to be written again: TensorBoard then hides what an earlier run wrote
+            from that step on.
           flush_seconds: longest time that an event may stay in memory.
 
         Raises:
