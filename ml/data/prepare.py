@@ -10,9 +10,11 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+
+import numpy as np
+from jaxtyping import UInt32
 
 from ml.data.cache import build_once
 from ml.data.config import DataConfig
@@ -25,8 +27,8 @@ _log = logging.getLogger(__name__)
 
 # Part of every fingerprint: raise it when the files' layout or the way they are made changes.
 _FORMAT = 1
-_BATCH_CHARACTERS = 2**21
-_PIECE_CHARACTERS = 2**20
+_GROUP_CHARACTERS = 2**21
+_PIECE_CHARACTERS = 2**19
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,8 +144,13 @@ class _Packing:
             train = stack.enter_context(contextlib.closing(self._writer(folder / "train")))
             heldout = stack.enter_context(contextlib.closing(self._writer(folder / "heldout")))
             heldout_file = stack.enter_context(open(folder / "heldout.txt", "wb"))
-            for batch in _batches(source.documents()):
-                self._add(batch, train, heldout, heldout_file)
+            for document, ids in _encode(source.documents(), self._tokenizer):
+                text = document.text.encode()
+                if is_heldout(document.key, fraction):
+                    heldout.add(ids, len(text))
+                    heldout_file.write(text)
+                else:
+                    train.add(ids, len(text))
             counts, held = train.finish(), heldout.finish()
         if not counts["documents"]:
             path = source.config.path or "the standard library"
@@ -174,18 +181,6 @@ class _Packing:
             eos_id=tokenizer.eos_id,
             vocab_size=tokenizer.vocab_size,
         )
-
-    def _add(self, batch: list[Document], train: RowWriter, heldout: RowWriter, heldout_file: BinaryIO) -> None:
-        pieces = [_pieces(document.text) for document in batch]
-        encoded = iter(self._tokenizer.encode_batch([piece for document in pieces for piece in document]))
-        for document, parts in zip(batch, pieces, strict=True):
-            ids = [token for _ in parts for token in next(encoded)]
-            text = document.text.encode()
-            if is_heldout(document.key, self._config.heldout_fraction):
-                heldout.add(ids, len(text))
-                heldout_file.write(text)
-            else:
-                train.add(ids, len(text))
 
 
 def _tokenizer(config: DataConfig, sources: list[Source], cache: Path, where: str) -> Tokenizer:
@@ -220,18 +215,32 @@ def _sample(config: DataConfig, sources: list[Source]) -> Iterator[str]:
                 break
 
 
-def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    """Groups documents until they hold enough text to keep all cores tokenizing."""
-    batch: list[Document] = []
+def _encode(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[Document, UInt32[np.ndarray, "n"]]]:
+    """Tokenizes a stream in groups with enough text to keep all cores busy, and not more than that in memory."""
+    parts: list[np.ndarray] = []
+    for group in _groups(documents):
+        ids_of_pieces = tokenizer.encode_batch([piece for piece, _ in group])
+        for (_, finished), ids in zip(group, ids_of_pieces, strict=True):
+            parts.append(np.array(ids, np.uint32))
+            if finished is not None:
+                yield finished, np.concatenate(parts)
+                parts = []
+
+
+def _groups(documents: Iterable[Document]) -> Iterator[list[tuple[str, Document | None]]]:
+    """Yields lists of ``(piece of text, the document that it finishes, if it does)``."""
+    group: list[tuple[str, Document | None]] = []
     characters = 0
     for document in documents:
-        batch.append(document)
-        characters += len(document.text)
-        if characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
+        pieces = _pieces(document.text)
+        for number, piece in enumerate(pieces, 1):
+            group.append((piece, document if number == len(pieces) else None))
+            characters += len(piece)
+            if characters >= _GROUP_CHARACTERS:
+                yield group
+                group, characters = [], 0
+    if group:
+        yield group
 
 
 def _pieces(text: str) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Int64
+from numpy.typing import ArrayLike
 
 from ml.data.packing import pack_best_fit, split_pairs
 
@@ -39,8 +40,9 @@ class RowWriter:
         self._counts = {"documents": 0, "bytes": 0, "targets": 0}
         self._append("rows", np.zeros(1, np.int64))
 
-    def add(self, ids: Sequence[int], num_bytes: int) -> None:
+    def add(self, ids: ArrayLike, num_bytes: int) -> None:
         """Adds a document of these text tokens (without BOS and EOS), which stand for ``num_bytes`` of UTF-8."""
+        ids = np.asarray(ids)
         sequence = np.empty(len(ids) + 2, self._dtype)
         sequence[0], sequence[1:-1], sequence[-1] = self._bos, ids, self._eos
         pairs = len(sequence) - 1

@@ -115,8 +115,8 @@ def _read_text(file: SourceFile, source: Source) -> Iterator[Document]:
         try:
             yield Document(file.name, data.decode())
         except UnicodeDecodeError as error:
-            line = data.count(b"\n", 0, error.start) + 1
-            raise UserError(f"{file.path}:{line}: not UTF-8: convert the file, for example with iconv") from error
+            number = data.count(b"\n", 0, error.start) + 1
+            raise UserError(f"{file.path}:{number}: not UTF-8: convert the file, for example with iconv") from error
         return
     paragraph: list[str] = []
     for _, line in _lines(file):
