@@ -130,6 +130,15 @@ def build(case: Case, seed: int = 0) -> Any:
     return model.eval()
 
 
+def round_to_bfloat16(model: Any) -> None:
+    """Makes every weight one that bfloat16 can hold, leaving its dtype (and the rotary frequencies) in float32."""
+    import torch
+
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(weight.bfloat16())
+
+
 def logits(model: Any, tokens: np.ndarray) -> np.ndarray:
     """Logits of `transformers`, float32 ``[batch, length, vocab]``."""
     import torch
@@ -155,12 +164,8 @@ def _stddev(name: str, shape: tuple[int, ...], case: Case) -> float:
 
 def write_golden(name: str, case: Case, folder: Path) -> None:
     """Writes ``config.json``, ``model.safetensors`` (bfloat16) and ``logits.npy`` (computed in float32) of one case."""
-    import torch
-
     model = build(case)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.copy_(weight.bfloat16())
+    round_to_bfloat16(model)
     expected = logits(model, tokens(batch=1))
     model.bfloat16()
     with tempfile.TemporaryDirectory() as scratch:

@@ -42,17 +42,16 @@ def load_model(
       UserError: neither kind of folder, or something in it is missing, damaged or unsupported.
     """
     folder = Path(path).expanduser()
-    place = sharding if sharding is not None else _on_default_device
     if (folder / _EXPERIMENT).is_file():
         config = _read_experiment(folder / _EXPERIMENT)
         params = restore_params(folder, step, dtype=dtype)[1]
         if sharding is not None:
-            params = jax.tree.map_with_path(lambda keys, leaf: jax.device_put(leaf, place(_join(keys))), params)
+            params = jax.tree.map_with_path(lambda keys, leaf: jax.device_put(leaf, sharding(_join(keys))), params)
     elif (folder / "config.json").is_file():
         if step is not None:
             raise UserError(f"{folder}: a Hugging Face folder has no checkpoint steps; leave the step out")
         config = load_config(folder)
-        params = load_params(folder, config, dtype=dtype, sharding=place)
+        params = load_params(folder, config, dtype=dtype, sharding=sharding)
     else:
         found = "no such folder" if not folder.is_dir() else f"neither {_EXPERIMENT} nor config.json is there"
         raise UserError(f"{folder}: {found}; give a work directory of scripts/train.py or a Hugging Face model folder")
@@ -96,12 +95,6 @@ def _read_experiment(path: Path) -> TransformerConfig:
     if not isinstance(experiment, dict) or not isinstance(experiment.get("model"), dict):
         raise UserError(f"{path}: has no group 'model'; is it the experiment.json of a training run?")
     return build(TransformerConfig, experiment["model"], f"{path}: model")
-
-
-def _on_default_device(path: str) -> jax.sharding.Sharding:
-    default = jax.config.jax_default_device
-    device = default if isinstance(default, jax.Device) else jax.local_devices()[0]
-    return jax.sharding.SingleDeviceSharding(device)
 
 
 def _join(keys: tuple[Any, ...]) -> str:

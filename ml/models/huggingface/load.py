@@ -2,6 +2,7 @@
 
 import collections
 import json
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from ml.models.huggingface.read_config import parse_config, read_json
 from ml.models.huggingface.safetensors_io import FLOAT_DTYPES, SafetensorsFile, storable_dtype
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_ALIGNMENT = 64
 
 
 def load_params(
@@ -27,14 +29,15 @@ def load_params(
 ) -> dict[str, Any]:
     """Reads the weights of a Hugging Face model folder into the parameter tree of `Transformer`.
 
-    Streamed: beside the result, host memory holds one chunk of a tensor (16 MB) and, with ``sharding``, one leaf.
+    Streamed: beside the result, host memory holds a chunk of a tensor (16 MB) and the leaf being filled, which on the
+    CPU becomes the result itself.
 
     Args:
       folder: holds ``config.json`` and ``model.safetensors``, or ``model.safetensors.index.json`` and its shards.
       config: the folder's architecture, from `load_config`.
       dtype: of the result; ``None``: each leaf as stored (float32 where its layers differ).
       sharding: placement of each leaf by its path (``"layers/attention/query/kernel"``); called once a leaf, on every
-        process of a multi-process run. ``None``: NumPy arrays on the host.
+        process of a multi-process run. ``None``: the default device.
 
     Raises:
       UserError: a missing, unexpected, wrongly shaped, quantized or truncated tensor or file (named).
@@ -53,14 +56,14 @@ def load_params(
         targets = []
         for part in tensor.parts:
             if part.path not in filling:
-                filling[part.path] = np.empty(shapes[part.path], dtypes[part.path])
+                filling[part.path] = _allocate(shapes[part.path], dtypes[part.path])
             targets.append(part.view(filling[part.path][part.index]))
         _copy_rows(files[tensor.name], tensor, targets)
         for part in tensor.parts:
             pending[part.path] -= 1
             if not pending[part.path]:
                 leaf = filling.pop(part.path)
-                _insert(params, part.path, leaf if sharding is None else _place(leaf, sharding(part.path)))
+                _insert(params, part.path, _place(leaf, (sharding or _on_default_device)(part.path)))
     if config.tie_embeddings and "lm_head.weight" in files:
         _check_tied(files, table[0].name)
     return params
@@ -86,6 +89,20 @@ def _copy_rows(file: SafetensorsFile, tensor: Tensor, targets: list[np.ndarray])
             width = target.shape[1]
             destination[...] = rows[:, offset : offset + width]
             offset += width
+
+
+def _allocate(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An uninitialized array, aligned so that JAX on a CPU takes it over without a copy."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _on_default_device(path: str) -> jax.sharding.Sharding:
+    default = jax.config.jax_default_device
+    device = default if isinstance(default, jax.Device) else jax.local_devices()[0]
+    return jax.sharding.SingleDeviceSharding(device)
 
 
 def _place(leaf: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
