@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import flax.struct
@@ -44,7 +44,7 @@ class Generator:
         config: TransformerConfig,
         params: PyTree,
         *,
-        stop_ids: Sequence[int] = (),
+        stop_ids: Iterable[int] = (),
         dtype: Any = jnp.float32,
         max_batch: int = 8,
         steps_per_dispatch: int = 8,
