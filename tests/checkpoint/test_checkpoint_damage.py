@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ml.checkpoint import CheckpointConfig, Checkpointer, manifest, orbax_io
+from ml.checkpoint import CheckpointConfig, Checkpointer, directory, manifest, orbax_io
 from ml.errors import UserError
 
 CONFIG = CheckpointConfig(every=1, keep=3)
@@ -74,6 +74,9 @@ def test_damage_is_noticed_by_checksum_alone_and_only_if_asked_for(saved, tmp_pa
         flip(largest)
     with Checkpointer(tmp_path / "run", CheckpointConfig(verify=False)) as checkpointer:
         assert checkpointer.restore(state_of(0)).step == 2
+        shutil.copytree(saved / "checkpoints/2", tmp_path / "run/checkpoints/3")
+        truncate(tmp_path / "run/checkpoints/3/state/_METADATA")
+        assert checkpointer.restore(state_of(0)).step == 2  # sizes are compared all the same
     with (
         Checkpointer(tmp_path / "run") as checkpointer,
         pytest.raises(UserError, match=r"no whole checkpoint \(2: .*checksum.*; 1: .*checksum"),
@@ -119,6 +122,31 @@ def test_what_an_interruption_leaves_is_never_taken_and_is_cleaned_up(saved, tmp
         assert checkpointer.restore(state_of(0)).step == 2
 
 
+def test_a_save_under_way_counts_only_once_it_is_whole(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    seen = {}
+    start_save, write = orbax_io.start_save, manifest.write
+
+    class Watched:
+        def __init__(self, path, arrays):
+            seen["begun"] = directory.steps(path.parent)
+            self.path, self.saving = path, start_save(path, arrays)
+
+        def result(self):
+            self.saving.result()
+            seen["stored"] = directory.steps(self.path.parent)
+
+    def watched_write(checkpoint, *arguments):
+        write(checkpoint, *arguments)
+        seen["whole"] = directory.steps(checkpoint.parent)
+
+    monkeypatch.setattr(orbax_io, "start_save", Watched)
+    monkeypatch.setattr(manifest, "write", watched_write)
+    with Checkpointer(tmp_path, CONFIG) as checkpointer:
+        checkpointer.save(2, state_of(2), None)
+    assert seen == {"begun": [1], "stored": [1], "whole": [1, 2]}
+
+
 NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
 
 
@@ -129,6 +157,7 @@ class FailedSave:
     def result(self):
         self.path.mkdir()
         (self.path / "half").write_text("written")
+        self.path.with_name(self.path.name + ".orbax-checkpoint-tmp").mkdir()
         raise self.error
 
 
