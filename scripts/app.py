@@ -1,5 +1,6 @@
 """How every script starts: flags in, one call down; a user's mistake ends in one line and exit status 2."""
 
+import errno
 import logging
 import os
 import sys
@@ -53,6 +54,10 @@ def _guard(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         fail(str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        fail(f"{error.filename or 'output'}: disk full; free some space and run the same command again")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -1,0 +1,20 @@
+"""What every language-model experiment starts from: each key there is, at its default. Experiments are differences to it.
+
+Not an experiment by itself: the model's size is for the experiment to say.
+"""
+
+from ml_collections import ConfigDict
+
+from ml.config import to_dict
+from ml.data import DataConfig
+from ml.models import TransformerConfig
+from ml.optim import OptimizerConfig
+from ml.train.config import ExperimentConfig
+
+
+def base(model: TransformerConfig) -> ConfigDict:
+    """A complete experiment for ``model``: LAMB, linear warm-up and decay, the standard library's source as text."""
+    optimizer = OptimizerConfig(name="lamb", learning_rate=0.01, weight_decay=0.01, clip_norm=1.0)
+    data = DataConfig(sequence_length=model.max_length)
+    experiment = ExperimentConfig(model=model, data=data, optimizer=optimizer)
+    return ConfigDict(to_dict(experiment))

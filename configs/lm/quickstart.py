@@ -1,0 +1,49 @@
+"""A small Llama-style decoder on the source code of Python's standard library, trained with LAMB.
+
+Command:  make quickstart, or
+          python scripts/train.py --config=configs/lm/quickstart.py --workdir=runs/quickstart
+Hardware: any CPU; no network.
+Time:     about 3 minutes on 2 cores.
+Expect:   held-out bits per byte below those of `xz -9`.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.lm.base import base
+from ml.models import TransformerConfig
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """See the module's docstring."""
+    del arg
+    vocab_size = 4096
+    config = base(
+        TransformerConfig(
+            vocab_size=vocab_size,
+            num_layers=4,
+            embed_dim=256,
+            num_heads=8,
+            num_kv_heads=4,
+            head_dim=32,
+            mlp_dim=768,
+            max_length=512,
+            tie_embeddings=True,
+        )
+    )
+    config.data.tokenizer.vocab_size = vocab_size
+    config.data.sequence_length = 256
+    config.data.heldout_fraction = 0.02
+
+    config.optimizer.learning_rate = 0.02
+    config.optimizer.weight_decay = 0.01
+    config.schedule.kind = "linear"
+    config.schedule.warmup_fraction = 0.1
+    config.schedule.end_factor = 0.02
+
+    config.train.steps = 200
+    config.train.batch_size = 32  # 8,192 tokens
+    config.train.microbatches = 4
+    config.eval.every = 50
+    config.eval.batches = 8
+    config.checkpoint.every = 50
+    return config

@@ -1,0 +1,97 @@
+"""An experiment as data: everything that `configs/*.py` and the command line can set."""
+
+import dataclasses
+from typing import Literal
+
+from ml.checkpoint import CheckpointConfig
+from ml.data import DataConfig
+from ml.errors import UserError
+from ml.models import TransformerConfig
+from ml.optim import OptimizerConfig, ScheduleConfig
+from ml.parallel import MeshConfig
+from pallas_kernels.flash_attention import Implementation
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The training loop.
+
+    Attributes:
+      steps: optimizer steps in the whole run.
+      batch_size: global batch, in sequences.
+      microbatches: parts of the batch that are computed one after another and summed; divides ``batch_size``.
+      dtype: of activations; ``auto``: bfloat16 on accelerators, float32 on CPU. Parameters are always float32.
+      remat: what the backward pass keeps of a layer (`ml.models.REMAT_POLICIES`): ``none`` keeps everything, ``full``
+        only the layer's input.
+      attention: implementation of training attention (`pallas_kernels.flash_attention`).
+      loss_chunk: tokens of a row whose logits exist at one time; 0: all.
+      z_loss: weight of ``log(Z)^2``, which keeps the softmax normalizer near one (PaLM, section 5).
+      ema: decay of an exponential moving average of the parameters, used for evaluation; 0: none is kept.
+      nonfinite: what a NaN or infinity in loss or gradients does: ``skip`` drops and counts the step, ``stop`` ends the run,
+        with the batch saved in the work directory.
+      log_every: steps between rows of ``metrics.jsonl``.
+      init_from: work directory or Hugging Face folder whose parameters to start from; empty: random.
+    """
+
+    steps: int = 1000
+    batch_size: int = 256
+    microbatches: int = 1
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    remat: Literal["none", "dots", "dots_no_batch", "full"] = "none"
+    attention: Implementation = "auto"
+    loss_chunk: int = 0
+    z_loss: float = 0.0
+    ema: float = 0.0
+    nonfinite: Literal["skip", "stop"] = "stop"
+    log_every: int = 1
+    init_from: str = ""
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "microbatches", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.batch_size % self.microbatches:
+            raise ValueError(f"microbatches={self.microbatches} does not divide batch_size={self.batch_size}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema={self.ema} must lie in [0, 1)")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation on held-out text while training.
+
+    Attributes:
+      every: steps between evaluations; 0: only at the end.
+      batches: global batches in each; the one at the end of the run takes the whole held-out text.
+      batch_size: sequences in one; 0: as many as in a training microbatch.
+    """
+
+    every: int = 0
+    batches: int = 8
+    batch_size: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class ExperimentConfig:
+    """A whole experiment.
+
+    Attributes:
+      seed: of initial parameters and data order.
+    """
+
+    model: TransformerConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    mesh: MeshConfig = MeshConfig()
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.data.sequence_length > self.model.max_length:
+            raise UserError(
+                f"config.data.sequence_length={self.data.sequence_length} is longer than the model's "
+                f"config.model.max_length={self.model.max_length}; lower the one or raise the other"
+            )

@@ -1,0 +1,70 @@
+"""Held-out loss: summed, not averaged over batches, so that it does not depend on how the text is cut."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ml.models import Transformer
+from ml.parallel import Rules, place_batch
+from ml.train.config import TrainConfig
+from ml.train.step import make_loss
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldoutLoss:
+    """The loss on held-out text.
+
+    Attributes:
+      nats: cross-entropy, summed over all targets.
+      tokens: number of targets.
+    """
+
+    nats: float
+    tokens: int
+
+    @property
+    def per_token(self) -> float:
+        """Nats per token."""
+        return self.nats / max(self.tokens, 1)
+
+    def bits_per_byte(self, text_bytes: int) -> float:
+        """Bits per byte, if the targets cover a text of ``text_bytes`` exactly once; comparable to a compressor's."""
+        return self.nats / math.log(2) / text_bytes
+
+
+def make_evaluate(
+    model: Transformer, config: TrainConfig, rules: Rules
+) -> Callable[[Any, Iterable[Mapping[str, np.ndarray]], int | None], HeldoutLoss]:
+    """Returns ``(params, batches, limit) -> HeldoutLoss`` over the first ``limit`` batches (``None``: all)."""
+    loss = make_loss(model, dataclasses.replace(config, z_loss=0.0))
+
+    @jax.jit
+    def accumulate(total, params, batch):
+        microbatch = jax.tree.map(lambda x: x[0], batch)
+        _, metrics = loss(params, microbatch)
+        return total + jnp.stack([metrics["loss"], microbatch["loss_mask"].sum()])
+
+    def evaluate(params, batches, limit=None):
+        nats, tokens = 0.0, 0
+        for group in _groups(batches, limit):
+            # float32 sums of a few batches on the device, float64 beyond: a long text must not lose its last digits.
+            total = jax.device_put(np.zeros(2, np.float32), rules.sharding(None))
+            for batch in group:
+                total = accumulate(total, params, place_batch(batch, rules, 1))
+            part = jax.device_get(total)
+            nats, tokens = nats + float(part[0]), tokens + round(float(part[1]))
+        return HeldoutLoss(nats, tokens)
+
+    return evaluate
+
+
+def _groups(batches: Iterable[Any], limit: int | None, size: int = 16) -> Iterable[list[Any]]:
+    iterator = itertools.islice(batches, limit)
+    while group := list(itertools.islice(iterator, size)):
+        yield group

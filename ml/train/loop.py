@@ -1,0 +1,148 @@
+"""The training loop."""
+
+import dataclasses
+import os
+import signal
+import time
+
+import jax
+
+from ml.checkpoint import Checkpointer
+from ml.data import Prepared
+from ml.models.cost import parameter_count, peak_flops, train_flops_per_token
+from ml.parallel import place_batch
+from ml.train.config import ExperimentConfig
+from ml.train.evaluation import HeldoutLoss
+from ml.train.interrupt import Interrupt
+from ml.train.memory import MemoryUse, memory_use
+from ml.train.recorder import Pending, Recorder
+from ml.train.setup import make_parts, make_state
+from ml.train.step import make_train_step
+from ml.train.workdir import Workdir
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How a run ended.
+
+    Attributes:
+      step: steps done.
+      tokens: counted tokens trained on, in all.
+      seconds: wall time of this start's steps, compilation and evaluation left out.
+      session_tokens: tokens trained on in those seconds.
+      heldout: loss on the whole held-out text; ``None``: there is none, or the run was interrupted.
+      interrupted: the signal that ended it early.
+      parameters: number of parameters.
+      flops_per_token: of the model, forward and backward.
+      peak_flops: FLOP/s of all devices together, if known.
+      memory: on a device; ``None`` if no step was run.
+      prepared: the data.
+      workdir: where everything lies.
+    """
+
+    step: int
+    tokens: int
+    seconds: float
+    session_tokens: int
+    heldout: HeldoutLoss | None
+    interrupted: signal.Signals | None
+    parameters: int
+    flops_per_token: float
+    peak_flops: float | None
+    memory: MemoryUse | None
+    prepared: Prepared
+    workdir: Workdir
+
+
+def train(config: ExperimentConfig, path: str | os.PathLike[str]) -> Result:
+    """Trains in the work directory ``path``, going on from its newest whole checkpoint if there is one.
+
+    The host runs one step ahead of the device: while a step computes, the next batch is placed, and the scalars that are
+    read are those of the step before.
+
+    Raises:
+      UserError: bad configuration or data, a work directory of another run, a full disk, a loss that is not finite.
+    """
+    workdir = Workdir(path)
+    changes = workdir.claim(config)
+    parts = make_parts(config, workdir)
+    mesh, steps = parts.rules.mesh, config.train.steps
+    peak = peak_flops(mesh.devices.flat[0].device_kind, parts.model.dtype)
+    peak = peak and peak * mesh.size
+    flops = train_flops_per_token(config.model, config.data.sequence_length)
+    memory, seconds, evaluating = None, 0.0, 0.0
+
+    with jax.set_mesh(mesh), Checkpointer(workdir.path, config.checkpoint) as checkpointer, Interrupt() as interrupt:
+        state, tokens_before = make_state(parts, checkpointer)
+        first = int(jax.device_get(state.step))
+        recorder = Recorder(
+            config,
+            workdir,
+            first_step=first,
+            tokens=tokens_before,
+            skipped=int(jax.device_get(state.skipped)),
+            flops_per_token=flops,
+            peak_flops=peak,
+        )
+        with recorder:
+            for change in changes:
+                recorder.display.log(f"changed since the last start: {change}")
+            if first:
+                recorder.display.log(f"going on from the checkpoint of step {first}")
+            pending, started = None, None
+            step_fn = jax.jit(make_train_step(parts.model, parts.tx, parts.schedule, config.train), donate_argnums=0)
+            for step in range(first + 1, steps + 1):
+                host_batch = next(parts.loader)
+                batch = place_batch(host_batch, parts.rules, config.train.microbatches)
+                if memory is None:
+                    step_fn = step_fn.lower(state, batch).compile()
+                    memory = memory_use(state, step_fn)
+                    recorder.display.log(f"memory: {memory}")
+                with jax.transfer_guard("disallow"):
+                    state, metrics = step_fn(state, batch)
+                recorder.finish(pending)
+                if pending and started is None:  # the first step is warm-up
+                    started, session_start = time.monotonic(), recorder.tokens
+                pending = Pending(step, metrics, host_batch)
+
+                last = step == steps or interrupt.received is not None
+                if last or step % config.checkpoint.every == 0 or (config.eval.every and step % config.eval.every == 0):
+                    more = {}
+                    jax.block_until_ready(state)
+                    pause = time.monotonic()
+                    if config.eval.every and step % config.eval.every == 0 and parts.prepared.heldout_rows:
+                        loss = parts.evaluate(parts.params_to_evaluate(state), parts.heldout, config.eval.batches)
+                        more["eval_loss"] = loss.per_token
+                    recorder.finish(pending, more)
+                    pending = None
+                    data_state = {"loader": parts.loader.get_state(), "tokens": recorder.tokens}
+                    checkpointer.save(step, state, data_state, force=last)
+                    recorder.plot()
+                    recorder.display.pause()
+                    evaluating += time.monotonic() - pause
+                if last:
+                    break
+            if started is not None:
+                seconds = time.monotonic() - started - evaluating
+            heldout = None
+            if interrupt.received is None and parts.prepared.heldout_rows:
+                recorder.display.log("evaluating on the whole held-out text")
+                heldout = parts.evaluate(parts.params_to_evaluate(state), parts.heldout)
+            checkpointer.wait()
+        parts.loader.close()
+        done = int(jax.device_get(state.step))
+
+    return Result(
+        step=done,
+        tokens=recorder.tokens,
+        seconds=seconds,
+        session_tokens=recorder.tokens - session_start if started is not None else 0,
+        heldout=heldout,
+        interrupted=interrupt.received,
+        parameters=parameter_count(config.model).total,
+        flops_per_token=flops,
+        peak_flops=peak,
+        memory=memory,
+        prepared=parts.prepared,
+        workdir=workdir,
+    )

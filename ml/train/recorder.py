@@ -1,0 +1,121 @@
+"""Turns the scalars of a finished step into a row of metrics, events and the progress display."""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ml.errors import UserError
+from ml.train.config import ExperimentConfig
+from ml.train.reporting import MetricsFile, ProgressDisplay, TensorBoardWriter, plot_loss, read_metrics
+from ml.train.workdir import Workdir
+
+
+@dataclasses.dataclass(frozen=True)
+class Pending:
+    """A step that was dispatched, whose scalars may still be under way.
+
+    Attributes:
+      step: its number, counted from 1.
+      metrics: on the device.
+      batch: its data, kept in case the step turns out not to be finite.
+    """
+
+    step: int
+    metrics: Mapping[str, jax.Array]
+    batch: Mapping[str, np.ndarray]
+
+
+class Recorder:
+    """Writes what a run did; only the first process writes.
+
+    Attributes:
+      tokens: counted tokens trained on so far.
+    """
+
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        workdir: Workdir,
+        *,
+        first_step: int,
+        tokens: int,
+        skipped: int,
+        flops_per_token: float,
+        peak_flops: float | None,
+    ):
+        self.tokens = tokens
+        self._config, self._workdir, self._skipped = config, workdir, skipped
+        self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
+        self._first_step = first_step
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> "Recorder":
+        first, steps = self._first_step, self._config.train.steps
+        self._writes = jax.process_index() == 0
+        if self._writes:
+            self._metrics = self._stack.enter_context(MetricsFile(self._workdir.metrics, resume_step=first))
+            purge = first + 1 if first else None
+            self._events = self._stack.enter_context(TensorBoardWriter(self._workdir.tensorboard, purge_step=purge))
+        self.display = self._stack.enter_context(
+            ProgressDisplay(
+                steps, first_step=first, peak_flops=self._peak_flops, flops_per_token=self._flops_per_token
+            )
+        )
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._stack.close()
+
+    def finish(self, pending: Pending | None, more: Mapping[str, float] | None = None) -> None:
+        """Waits for a step's scalars and records them, with what else is known of the step.
+
+        Raises:
+          UserError: the step was not finite, and the configuration says to stop.
+        """
+        if pending is None:
+            return
+        scalars = {name: value.item() for name, value in jax.device_get(dict(pending.metrics)).items()}
+        self.tokens += round(scalars["tokens"])
+        self.display.update(pending.step, loss=scalars["loss"], tokens=round(scalars["tokens"]))
+        speed = self.display.tokens_per_second
+        row = {name: value for name, value in scalars.items() if name not in ("balance", "objective")}
+        row["tokens"], row["skipped"] = round(scalars["tokens"]), round(scalars["skipped"])
+        if self._config.model.moe is not None:
+            row["balance"] = scalars["balance"]
+        row |= {"tokens_seen": self.tokens, **(more or {})}
+        if speed is not None:
+            row["tokens_per_second"] = speed
+            if self._peak_flops:
+                row["mfu"] = speed * self._flops_per_token / self._peak_flops
+        # A resumed or final step is recorded whatever the interval: the file must show where the run stands.
+        due = pending.step % self._config.train.log_every == 0 or bool(more) or pending.step == self._config.train.steps
+        if self._writes and due:
+            self._metrics.write(pending.step, row)
+            self._events.write(pending.step, {name: value for name, value in row.items() if math.isfinite(value)})
+        if row["skipped"] > self._skipped:
+            self._not_finite(pending, row)
+        self._skipped = row["skipped"]
+
+    def plot(self) -> None:
+        """Draws ``loss.png`` of all rows so far."""
+        if self._writes:
+            plot_loss(read_metrics(self._workdir.metrics), self._workdir.loss_plot, title=self._workdir.path.name)
+
+    def _not_finite(self, pending: Pending, row: Mapping[str, float]) -> None:
+        loss, norm = row["loss"], row["gradient_norm"]
+        what = f"step {pending.step}: loss {loss:.4g}, gradient norm {norm:.4g}"
+        if self._config.train.nonfinite == "skip":
+            self.display.log(f"{what}: not finite, step skipped ({row['skipped']} so far)")
+            return
+        path = Path(self._workdir.path) / f"nonfinite_step_{pending.step}.npz"
+        np.savez_compressed(path, **pending.batch)
+        raise UserError(
+            f"{what}: not finite; its batch is in {path}; lower config.optimizer.learning_rate, set "
+            "config.optimizer.clip_norm, or go on with config.train.nonfinite=skip"
+        )

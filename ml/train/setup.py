@@ -1,0 +1,146 @@
+"""Everything a run needs before its first step: mesh, model, optimizer, data, state."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ml.checkpoint import Checkpointer
+from ml.checkpoint.pretrained import load_model
+from ml.config import to_dict
+from ml.data import HeldoutBatches, Loader, Prepared, check_vocab, heldout_batches, make_loader, prepare
+from ml.errors import UserError
+from ml.models import Transformer, TransformerConfig, init_params, logical_axes
+from ml.optim import eval_params, make_optimizer
+from ml.parallel import Rules, make_mesh
+from ml.train.config import ExperimentConfig
+from ml.train.evaluation import make_evaluate
+from ml.train.state import TrainState, init_state
+from ml.train.workdir import Workdir
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """The parts of a run that stay as they are from step to step."""
+
+    config: ExperimentConfig
+    rules: Rules
+    model: Transformer
+    tx: optax.GradientTransformation
+    schedule: optax.Schedule
+    prepared: Prepared
+    loader: Loader
+    heldout: HeldoutBatches
+    evaluate: Callable[..., Any]
+
+    def params_to_evaluate(self, state: TrainState) -> Any:
+        """The moving average, schedule-free's average, or the parameters themselves."""
+        if state.ema is not None:
+            return state.ema
+        return eval_params(self.config.optimizer, state.opt_state, state.params)
+
+
+def make_parts(config: ExperimentConfig, workdir: Workdir) -> Parts:
+    """Builds mesh, model, optimizer and data.
+
+    Raises:
+      UserError: something in ``config`` does not fit the devices, the data or something else in it.
+    """
+    train = config.train
+    rules = Rules(make_mesh(config.mesh))
+    if train.batch_size % (train.microbatches * rules.batch_shards):
+        raise UserError(
+            f"config.train.batch_size={train.batch_size} is not a multiple of microbatches={train.microbatches} x "
+            f"{rules.batch_shards} batch shards of the mesh; use a multiple of {train.microbatches * rules.batch_shards}"
+        )
+    prepared = prepare(config.data, workdir.path, where="config.data")
+    check_vocab(prepared.tokenizer, config.model.vocab_size)
+    prepared.tokenizer.save(workdir.path)
+    model = make_model(config, rules)
+    tx, schedule = make_optimizer(
+        config.optimizer,
+        config.schedule,
+        total_steps=train.steps,
+        batch_size=train.batch_size,
+        axes=logical_axes(config.model),
+    )
+    shard = {"shard_index": jax.process_index(), "shard_count": jax.process_count()}
+    rows = config.eval.batch_size or train.batch_size // train.microbatches
+    if rows % rules.batch_shards:
+        raise UserError(f"config.eval.batch_size={rows} is not a multiple of {rules.batch_shards} batch shards")
+    return Parts(
+        config=config,
+        rules=rules,
+        model=model,
+        tx=tx,
+        schedule=schedule,
+        prepared=prepared,
+        loader=make_loader(prepared, global_batch_size=train.batch_size, seed=config.seed, **shard),
+        heldout=heldout_batches(prepared, global_batch_size=rows, **shard),
+        evaluate=make_evaluate(model, train, rules),
+    )
+
+
+def make_model(config: ExperimentConfig, rules: Rules) -> Transformer:
+    """The model on the mesh, in the dtype that suits its devices."""
+    dtype = config.train.dtype
+    if dtype == "auto":
+        dtype = "float32" if rules.mesh.devices.flat[0].platform == "cpu" else "bfloat16"
+    return Transformer(config.model, dtype=jnp.dtype(dtype), remat=config.train.remat, place=rules.spec)
+
+
+def make_state(parts: Parts, checkpointer: Checkpointer) -> tuple[TrainState, int]:
+    """A fresh state, or the newest checkpoint's; also sets the loader to where it stood.
+
+    Returns:
+      The state, and the number of tokens trained on so far.
+    """
+    train = parts.config.train
+    state = init_state(
+        parts.model,
+        parts.tx,
+        parts.rules,
+        seed=parts.config.seed,
+        ema=train.ema > 0,
+        params=_pretrained(parts) if train.init_from and checkpointer.latest_step() is None else None,
+    )
+    if checkpointer.latest_step() is None:
+        return state, 0
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    jax.tree.map(lambda x: x.delete(), state)  # or both would be on the device at once
+    restored = checkpointer.restore(abstract)
+    if restored.data_state is None:
+        raise UserError(f"{checkpointer.directory} holds a model, not a run; name its folder in config.train.init_from")
+    parts.loader.set_state(restored.data_state["loader"])
+    return restored.state, restored.data_state["tokens"]
+
+
+def _pretrained(parts: Parts) -> Any:
+    """Parameters of another run or of a Hugging Face folder, placed on the mesh."""
+    source, config = parts.config.train.init_from, parts.config
+    if not config.data.tokenizer.path:
+        raise UserError(f"config.train.init_from={source} needs its own tokenizer: set config.data.tokenizer.path too")
+    shapes = jax.eval_shape(lambda: init_params(parts.model, jax.random.key(0)))
+    shardings = parts.rules.shardings(logical_axes(config.model), shapes)
+    by_path = {_join(keys): leaf for keys, leaf in jax.tree.leaves_with_path(shardings)}
+    found, params, _ = load_model(source, dtype=jnp.float32, sharding=by_path.__getitem__)
+    _check_same_model(found, config.model, source)
+    return params
+
+
+def _check_same_model(found: TransformerConfig, wanted: TransformerConfig, source: str) -> None:
+    harmless = {"max_length", "init_stddev"}
+    left, right = to_dict(found), to_dict(wanted)
+    for name in left:
+        if left[name] != right[name] and name not in harmless:
+            raise UserError(
+                f"config.train.init_from={source} has {name}={left[name]}, but config.model.{name}={right[name]}; "
+                "make them equal"
+            )
+
+
+def _join(keys: tuple[Any, ...]) -> str:
+    return "/".join(str(getattr(key, "key", key)) for key in keys)

@@ -1,0 +1,50 @@
+"""The closing report of a run, from its result."""
+
+import jax
+
+from ml.train.loop import Result
+from ml.train.reporting import Report, gzip_bits_per_byte, read_metrics, xz_bits_per_byte
+
+# xz takes about a minute for 64 MiB.
+_LARGEST_TEXT_TO_COMPRESS = 64 * 2**20
+
+
+def summarize(result: Result, **more: str) -> Report:
+    """Puts the figures together.
+
+    Args:
+      result: of `ml.train.loop.train`.
+      more: further files to list, label -> path; ``sample`` is a text that the model wrote.
+    """
+    prepared, workdir = result.prepared, result.workdir
+    compare = 0 < prepared.heldout_bytes <= _LARGEST_TEXT_TO_COMPRESS
+    text = [prepared.heldout_text()] if compare else []
+    speed = result.session_tokens / result.seconds if result.seconds else _last_speed(result)
+    devices = jax.devices()
+    return Report(
+        bits_per_byte=result.heldout and result.heldout.bits_per_byte(prepared.heldout_bytes),
+        gzip_bits_per_byte=gzip_bits_per_byte(text) if compare else None,
+        xz_bits_per_byte=xz_bits_per_byte(text) if compare else None,
+        heldout_bytes=prepared.heldout_bytes,
+        steps=result.step,
+        tokens=result.tokens,
+        tokens_per_second=speed,
+        seconds=result.seconds,
+        parameters=result.parameters,
+        device=f"{len(devices)} x {devices[0].device_kind}",
+        flops_utilization=speed * result.flops_per_token / result.peak_flops if result.peak_flops else None,
+        sample=more.pop("sample", None),
+        files={
+            "checkpoint": workdir.checkpoints / str(result.step),
+            "metrics": workdir.metrics,
+            "TensorBoard": workdir.tensorboard,
+            "loss curve": workdir.loss_plot,
+            **more,
+        },
+    )
+
+
+def _last_speed(result: Result) -> float:
+    """Speed of the run's latest recorded steps, where this start had none to do."""
+    speeds = [row["tokens_per_second"] for row in read_metrics(result.workdir.metrics) if "tokens_per_second" in row]
+    return speeds[-1] if speeds else 0.0
