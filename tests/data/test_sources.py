@@ -89,6 +89,13 @@ def test_text_split_into_paragraphs_and_lines(tmp_path):
     assert _texts("text", path, split_by="line") == ["one", "two", "  ", "three", "four"]
 
 
+def test_linked_directories_are_not_walked_into(tmp_path):
+    (tmp_path / "a.txt").write_text("once")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    assert _texts("text", tmp_path) == ["once"]
+    assert _texts("text", tmp_path / "loop") == ["once"], "unless named outright"
+
+
 def test_a_name_with_brackets_is_a_name(tmp_path):
     (tmp_path / "a[1].txt").write_text("bracket")
     assert _texts("text", tmp_path / "a[1].txt") == ["bracket"]
