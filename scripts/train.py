@@ -2,13 +2,10 @@
 
 import signal
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from absl import flags  # noqa: E402
-
-from scripts import app, config_flag  # noqa: E402
+import app
+import config_flag
+from absl import flags
 
 _USAGE = """
 Trains a language model. The same command again goes on from the newest checkpoint.

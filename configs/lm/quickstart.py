@@ -9,8 +9,8 @@ Expect:   held-out bits per byte below those of `xz -9`.
 
 from ml_collections import ConfigDict
 
-from configs.lm.base import base
 from ml.models import TransformerConfig
+from ml.train.base import base
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -1,7 +1,4 @@
-"""What every language-model experiment starts from: each key there is, at its default. Experiments are differences to it.
-
-Not an experiment by itself: the model's size is for the experiment to say.
-"""
+"""What every experiment starts from: each key there is, at its default. A config file is a difference to it."""
 
 from ml_collections import ConfigDict
 
@@ -16,5 +13,4 @@ def base(model: TransformerConfig) -> ConfigDict:
     """A complete experiment for ``model``: LAMB, linear warm-up and decay, the standard library's source as text."""
     optimizer = OptimizerConfig(name="lamb", learning_rate=0.01, weight_decay=0.01, clip_norm=1.0)
     data = DataConfig(sequence_length=model.max_length)
-    experiment = ExperimentConfig(model=model, data=data, optimizer=optimizer)
-    return ConfigDict(to_dict(experiment))
+    return ConfigDict(to_dict(ExperimentConfig(model=model, data=data, optimizer=optimizer)))

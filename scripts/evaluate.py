@@ -1,0 +1,103 @@
+"""Measures the held-out loss of a model: nats per token, perplexity, bits per byte."""
+
+import json
+import math
+from pathlib import Path
+
+import app
+from absl import flags
+
+_USAGE = """
+Measures a model on text: nats per token, perplexity, bits per byte (one JSON object on stdout).
+
+  python scripts/evaluate.py --model=runs/quickstart                      # on the run's own held-out text
+  python scripts/evaluate.py --model=Qwen3-0.6B --text='books/*.txt'      # on any text, JSONL or Parquet
+"""
+
+_KINDS = {".jsonl": "jsonl", ".parquet": "parquet", ".array_record": "array_record", ".py": "python_source"}
+
+if __name__ == "__main__":
+    flags.DEFINE_string("model", None, "work directory of a training run, or Hugging Face folder with its tokenizer")
+    flags.DEFINE_integer("step", None, "checkpoint of a work directory; default: the newest")
+    flags.DEFINE_string("text", None, "file, folder or glob to measure on; default: the run's held-out text")
+    flags.DEFINE_string("text_field", "text", "key or column that holds the text in JSONL and Parquet")
+    flags.DEFINE_integer("batch_size", 8, "sequences at a time", lower_bound=1)
+    flags.DEFINE_integer("sequence_length", 0, "tokens in a sequence; default: the run's, or at most 2048")
+
+
+def main() -> None:
+    """Reads the flags, loads, measures, prints."""
+    import jax
+    import jax.numpy as jnp
+
+    from ml.checkpoint.pretrained import load_model
+    from ml.data import DataConfig, SourceConfig, TokenizerConfig, check_vocab, heldout_batches, prepare
+    from ml.errors import UserError
+    from ml.models import Transformer
+    from ml.parallel import MeshConfig, Rules, make_mesh
+    from ml.train.config import TrainConfig
+    from ml.train.evaluation import make_evaluate
+
+    args = flags.FLAGS
+    if not args.model:
+        raise UserError("--model is missing; name a work directory or a Hugging Face folder")
+    folder = Path(args.model).expanduser()
+    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    config, params, tokenizer_path = load_model(folder, step=args.step)
+    if tokenizer_path is None:
+        raise UserError(f"--model={folder} has no tokenizer.json; put the model's own there")
+    own = _own_data(folder)
+    if args.text:
+        kind = _KINDS.get(Path(args.text).suffix, "text")
+        length = args.sequence_length or (own and own.sequence_length) or min(config.max_length, 2048)
+        source = SourceConfig(kind=kind, path=args.text, text_field=args.text_field)
+        data = DataConfig((source,), TokenizerConfig(path=str(tokenizer_path)), length, heldout_fraction=0.0)
+        side = "train"
+    elif own is None:
+        raise UserError(f"--text is missing; --model={folder} is no training run with held-out text of its own")
+    else:
+        data, side = own, "heldout"
+    if data.sequence_length > config.max_length:
+        raise UserError(
+            f"--sequence_length={data.sequence_length} is longer than the model's {config.max_length}; lower it"
+        )
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as scratch:
+        prepared = prepare(data, folder if side == "heldout" else scratch, where="--text")
+        check_vocab(prepared.tokenizer, config.vocab_size)
+        rules = Rules(make_mesh(MeshConfig()))
+        rows = -(-args.batch_size // rules.batch_shards) * rules.batch_shards
+        batches = heldout_batches(prepared, global_batch_size=rows, side=side)
+        text_bytes = prepared.text_bytes(side)
+        with jax.set_mesh(rules.mesh):
+            model = Transformer(config, dtype=dtype, place=rules.spec)
+            params = jax.device_put(params, rules.sharding())
+            loss = make_evaluate(model, TrainConfig(), rules)(params, batches)
+    print(
+        json.dumps(
+            {
+                "loss": loss.per_token,
+                "perplexity": math.exp(min(loss.per_token, 700)),
+                "bits_per_byte": loss.bits_per_byte(text_bytes),
+                "tokens": loss.tokens,
+                "bytes": text_bytes,
+            }
+        )
+    )
+
+
+def _own_data(folder: Path):
+    """The data of the run that ``folder`` is, or ``None``."""
+    from ml.config import build
+    from ml.data import DataConfig
+
+    experiment = folder / "experiment.json"
+    if not experiment.is_file():
+        return None
+    data = json.loads(experiment.read_text()).get("data")
+    return data and build(DataConfig, data, f"{experiment}: data")
+
+
+if __name__ == "__main__":
+    app.run(main, usage=_USAGE)
