@@ -31,20 +31,21 @@ _STEP = flags.DEFINE_integer("step", None, "Checkpoint to read (megabatch); defa
 
 def main() -> None:
     """Reads one folder, writes the other."""
-    for flag in (_FROM, _INPUT, _OUTPUT):
-        if not flag.value:
-            raise UserError(f"--{flag.name} is missing (see convert.py --help)")
-    check_vacant(Path(_OUTPUT.value))  # before hours of reading
+    source, target = _INPUT.value, _OUTPUT.value
+    if _FROM.value is None or not source or not target:
+        missing = next(flag.name for flag in (_FROM, _INPUT, _OUTPUT) if not flag.value)
+        raise UserError(f"--{missing} is missing (see convert.py --help)")
+    check_vacant(Path(target))  # before hours of reading
     from_workdir = _FROM.value == "megabatch"
-    _check_kind(_INPUT.value, from_workdir)
-    config, params, tokenizer = load_model(_INPUT.value, step=_STEP.value, dtype=_DTYPE.value)
+    _check_kind(source, from_workdir)
+    config, params, tokenizer = load_model(source, step=_STEP.value, dtype=_DTYPE.value)
     if tokenizer is None:
-        print(f"note: {_INPUT.value} has no tokenizer.json, so neither will the output", file=sys.stderr)
+        print(f"note: {source} has no tokenizer.json, so neither will the output", file=sys.stderr)
     if from_workdir:
-        save_pretrained(_OUTPUT.value, config, params, tokenizer)
+        save_pretrained(target, config, params, tokenizer)
     else:
-        save_workdir(_OUTPUT.value, config, params, tokenizer)
-    print(_OUTPUT.value)
+        save_workdir(target, config, params, tokenizer)
+    print(target)
 
 
 def _check_kind(folder: str, workdir: bool) -> None:

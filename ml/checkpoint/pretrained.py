@@ -80,7 +80,7 @@ def save_workdir(
         experiment = {"model": to_dict(config)}
         (partial / _EXPERIMENT).write_text(json.dumps(experiment, indent=2) + "\n", encoding="utf-8")
         if tokenizer_path is not None:
-            write_tokenizer(partial, tokenizer_path, config.max_length)
+            write_tokenizer(partial, Path(tokenizer_path), config.max_length)
         with Checkpointer(partial) as checkpointer:
             checkpointer.save(0, {"params": params}, None, force=True)
 

@@ -102,7 +102,7 @@ _EXPERT_NAMES = {
 def leaf_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
     """Path -> shape of every leaf of the parameter tree that the Hugging Face families can fill."""
     embed, heads, kv_heads, head_dim = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
-    shapes = {"embed/embedding": (config.vocab_size, embed)}
+    shapes: dict[str, tuple[int, ...]] = {"embed/embedding": (config.vocab_size, embed)}
     if config.position_embedding == "learned":
         shapes["position/embedding"] = (config.max_length, embed)
 

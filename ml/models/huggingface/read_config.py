@@ -221,7 +221,7 @@ def _read_moe(fields: _Fields) -> MoEConfig:
     for name, other in (("num_local_experts", "num_experts"), ("num_experts", "num_local_experts")):
         if name in fields.values:
             count = fields(name, int)
-            fields.refuse_if(other, lambda value, count=count: value != count, f"contradicts {name} ({count})")
+            fields.refuse_if(other, count.__ne__, f"contradicts {name} ({count})")
             break
     else:
         count = 8 if mixtral else 128

@@ -86,8 +86,7 @@ class _Source:
         views = []
         for part in tensor.parts:
             leaf = self._dense_leaf(part.path, keep={part.path for part in tensor.parts})
-            # Only this layer (and expert) of an array on an accelerator comes to the host.
-            views.append(part.view(np.asarray(leaf[part.index] if part.index else leaf)))
+            views.append(part.view(_on_host(leaf, part.index)))
         row_bytes = sum(math.prod(view.shape[1:]) * view.dtype.itemsize for view in views)
         step = max(1, CHUNK_BYTES // max(row_bytes, 1))
         for first in range(0, len(views[0]), step):
@@ -101,8 +100,19 @@ class _Source:
         return self._dense[path]
 
 
+def _on_host(leaf: Any, index: tuple[int, ...]) -> np.ndarray:
+    """``leaf[index]``; of an array on an accelerator only this much comes to the host."""
+    if (
+        isinstance(leaf, jax.Array)
+        and {device.platform for device in leaf.devices()} == {"cpu"}
+        and leaf.is_fully_replicated
+    ):
+        leaf = np.asarray(leaf)  # no copy
+    return np.asarray(leaf[index] if index else leaf)
+
+
 def _write_weights(folder: Path, shards: list[list[Outgoing]]) -> None:
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         write(folder / name, shard)
@@ -134,7 +144,7 @@ def _parse_size(size: int | str) -> int:
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    leaves = {}
+    leaves: dict[str, Any] = {}
     for name, value in tree.items():
         leaves |= _leaves(value, f"{prefix}{name}/") if isinstance(value, dict) else {prefix + name: value}
     return leaves

@@ -44,7 +44,10 @@ def write_config(config: TransformerConfig) -> tuple[str, dict[str, Any]]:
         if closest is None or len(differing) < len(closest[1]):
             closest = family, differing
     assert closest is not None  # mistral's writer accepts everything
-    raise UserError(f"no Hugging Face architecture has {', '.join(closest[1])} (the closest is {closest[0]})")
+    family, differing = closest
+    raise UserError(
+        f"no Hugging Face architecture expresses this one: {family}, the closest, cannot have {', '.join(differing)}"
+    )
 
 
 def canonical(config: TransformerConfig) -> TransformerConfig:
