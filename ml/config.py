@@ -55,7 +55,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
-    """Checks one value against a type hint; the only coercions are int -> float, list -> tuple and mapping -> dataclass."""
+    """Checks one value against its type hint; coerces only int -> float, list -> tuple and mapping -> dataclass."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
@@ -82,7 +82,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return {key: _convert(args[1], item, f"{path}.{key}") for key, item in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if hint is int and isinstance(value, bool) or not isinstance(value, hint):
+    if (hint is int and isinstance(value, bool)) or not isinstance(value, hint):
         raise _mismatch({"str": "a string", "bool": "true or false"}.get(hint.__name__, hint.__name__), value, path)
     return value
 

@@ -1,4 +1,4 @@
-"""Models as functional Flax modules: an architecture is data, its parameters a pytree, its way to attend an argument."""
+"""Models as functional Flax modules: an architecture is data, parameters a pytree, the way to attend an argument."""
 
 from ml.models.attention import AttentionLayer, AttentionStrategy, SelfAttention
 from ml.models.config import MoEConfig, RopeConfig, TransformerConfig

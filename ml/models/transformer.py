@@ -176,7 +176,7 @@ class _Table(nn.Module):
 
 
 def init_params(model: Transformer, key: jax.Array) -> PyTree:
-    """Random parameters, float32: the ``params`` collection, unboxed. Jit it with ``out_shardings`` to create shards only."""
+    """Random float32 parameters, unboxed. Jit it with ``out_shardings`` to create shards only."""
     return nn.meta.unbox(_init(model, key))
 
 

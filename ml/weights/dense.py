@@ -67,7 +67,5 @@ def materialize(w: Any) -> Float[Array, "..."]:
 
 def _array(w: Any) -> jax.Array:
     if not hasattr(w, "dtype") or not hasattr(w, "shape"):
-        raise TypeError(
-            f"no rule in ml.weights for a leaf of type {type(w).__name__}; register one with `dot.register`"
-        )
+        raise TypeError(f"no rule for a leaf of type {type(w).__name__}; add one with `ml.weights.dot.register`")
     return w

@@ -32,16 +32,16 @@ def flash_attention(
     A query at index ``i`` sees keys ``max(0, i - window + 1) .. i`` of its own segment.
 
     Args:
-      query: heads are grouped: heads ``g * n .. g * n + n - 1`` share key/value head ``g``, with ``n = heads / kv_heads``.
+      query: heads ``g * n .. g * n + n - 1`` share key/value head ``g``, with ``n = heads / kv_heads``.
       key: keys.
       value: values.
       segment_ids: packed documents; a token sees only its own segment. ``None``: one segment.
       window: sliding window in tokens, itself included; may be traced (then no work is skipped).
       scale: multiplier on logits; ``None``: ``head_dim ** -0.5``.
       softcap: ``softcap * tanh(logit / softcap)`` before the mask.
-      implementation: ``xla`` (blocked, any platform), ``cudnn`` (NVIDIA, 16-bit types), ``reference`` (float32, quadratic memory),
-        or ``auto``: cuDNN where the default backend is a GPU and the case is one it supports, else XLA. When compiling for a
-        machine other than this one, name the implementation.
+      implementation: ``xla`` (blocked, any platform), ``cudnn`` (NVIDIA, 16-bit types), ``reference`` (float32,
+        quadratic memory), or ``auto``: cuDNN where the default backend is a GPU and the case is one it supports,
+        else XLA. When compiling for a machine other than this one, name the implementation.
 
     Raises:
       ValueError: unknown implementation, or shapes that do not fit together.

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 
 def supports(query, window, softcap) -> bool:
-    """Whether cuDNN's fused attention takes this case (16-bit types, static window, no soft-cap, head size up to 128)."""
+    """Whether cuDNN's fused attention takes this case: 16 bits, static window, no soft-cap, heads up to 128."""
     return (
         query.dtype in (jnp.bfloat16, jnp.float16)
         and softcap is None

@@ -1,4 +1,4 @@
-"""Attention as the formula says it, in float32 with the whole score matrix: the oracle for every other implementation."""
+"""Attention as the formula says it, in float32 with the whole score matrix: the oracle for all implementations."""
 
 import jax
 import jax.numpy as jnp

@@ -1,8 +1,8 @@
 """Blocked attention in plain XLA operations: the path for CPU, and for any platform without a kernel of its own.
 
-Queries are cut into static blocks. A block is multiplied only with the keys that causality and a static window leave visible, so
-about half of the quadratic work is never done, and its scores are recomputed in the backward pass rather than kept, so that
-memory grows with ``block * length``, not ``length ** 2``.
+Queries are cut into static blocks. A block is multiplied only with the keys that causality and a static window leave
+visible, so about half of the quadratic work is never done, and its scores are recomputed in the backward pass rather
+than kept, so that memory grows with ``block * length``, not ``length ** 2``.
 """
 
 import functools
@@ -10,7 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-# Largest power of two whose score block stayed in a core's L2 in CPU measurements (scripts/bench_attention_cpu.py).
+# Fastest of 64..512 in `scripts/bench_attention.py` on a CPU.
 BLOCK = 128
 # Beyond this many blocks the unrolled program grows long; larger blocks take over.
 MAX_BLOCKS = 32
@@ -39,7 +39,7 @@ def flash_attention(query, key, value, *, segment_ids, window, scale, softcap):
 
 
 def _attend_block(q, k, v, segments, window, *, start, first, scale, softcap):
-    """One block of queries ``[b, kv, group, rows, d]`` against keys ``[b, kv, columns, d]``, starting at the given indices."""
+    """Queries ``[b, kv, group, rows, d]`` from index ``start`` against keys ``[b, kv, columns, d]`` from ``first``."""
     logits = jnp.einsum("bhgqd,bhkd->bhgqk", q, k, preferred_element_type=jnp.float32) * scale
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
