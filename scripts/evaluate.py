@@ -2,6 +2,7 @@
 
 import json
 import math
+import tempfile
 from pathlib import Path
 
 import app
@@ -61,15 +62,13 @@ def main() -> None:
         raise UserError(
             f"--sequence_length={data.sequence_length} is longer than the model's {config.max_length}; lower it"
         )
-    import tempfile
-
     with tempfile.TemporaryDirectory() as scratch:
         prepared = prepare(data, folder if side == "heldout" else scratch, where="--text")
         check_vocab(prepared.tokenizer, config.vocab_size)
         rules = Rules(make_mesh(MeshConfig()))
         rows = -(-args.batch_size // rules.batch_shards) * rules.batch_shards
         batches = heldout_batches(prepared, global_batch_size=rows, side=side)
-        text_bytes = prepared.text_bytes(side)
+        text_bytes = prepared.heldout_bytes if side == "heldout" else prepared.train_bytes
         with jax.set_mesh(rules.mesh):
             model = Transformer(config, dtype=dtype, place=rules.spec)
             params = jax.device_put(params, rules.sharding())

@@ -70,7 +70,7 @@ def find_files(
         # A name may hold a bracket without being a pattern.
         if _MAGIC & set(root) and not filesystem.exists(root):
             base = _directory_before_magic(root)
-            infos = [info for info in filesystem.glob(root, detail=True).values() if info["type"] == "file"]
+            infos = _files_among(filesystem, filesystem.glob(root, detail=True).values())
             if not infos:
                 raise UserError(f"{where}: no file matches {url!r}: check the pattern and the directory {base!r}")
         else:
@@ -113,10 +113,17 @@ def _filesystem(url: str, where: str) -> tuple[Any, str]:
 def _walk(filesystem: Any, root: str, suffixes: tuple[str, ...], skip: frozenset[str]) -> list[dict[str, Any]]:
     found = []
     for _, directories, files in filesystem.walk(root, detail=True):
-        for name in [n for n, info in directories.items() if n in skip or n.startswith(".") or info.get("islink")]:
+        for name in [name for name in directories if name in skip or name.startswith(".")]:
             del directories[name]  # the walk does not enter what is taken out
-        found += [info for name, info in files.items() if name.endswith(suffixes) and not name.startswith(".")]
+        matching = [info for name, info in files.items() if name.endswith(suffixes) and not name.startswith(".")]
+        found += _files_among(filesystem, matching)
     return found
+
+
+def _files_among(filesystem: Any, infos: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Drops what is no file, and puts a linked file's own size and time in place of the link's."""
+    resolved = (filesystem.info(info["name"]) if info.get("islink") else info for info in infos)
+    return [info for info in resolved if info["type"] == "file"]
 
 
 def _source_file(filesystem: Any, base: str, info: dict[str, Any]) -> SourceFile:

@@ -15,7 +15,7 @@ one after another, are the same array on any number of hosts.
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any, SupportsIndex
+from typing import Any, Literal, SupportsIndex
 
 import grain
 import numpy as np
@@ -146,17 +146,29 @@ def make_loader(
 
 
 def heldout_batches(
-    prepared: Prepared, *, global_batch_size: int, shard_index: int = 0, shard_count: int = 1
+    prepared: Prepared,
+    *,
+    global_batch_size: int,
+    shard_index: int = 0,
+    shard_count: int = 1,
+    side: Literal["heldout", "train"] = "heldout",
 ) -> HeldoutBatches:
     """One pass over the held-out rows of all sources, in a fixed order; the last batch is filled up with padding.
 
     The sum of ``loss_mask`` over all batches and hosts is the number of held-out targets, whatever the batch size.
 
+    Args:
+      prepared: from `ml.data.prepare`.
+      global_batch_size: rows in a batch of all hosts together.
+      shard_index, shard_count: this host's part, as in `make_loader`.
+      side: ``train`` passes over the training rows instead, to measure a model on the whole of a text.
+
     Raises:
       UserError: the batch cannot be divided among the hosts.
     """
     share = _Share.of(global_batch_size, shard_index, shard_count)
-    return HeldoutBatches(prepared.heldout_rows, _Read([source.heldout for source in prepared.sources]), share)
+    stores = [getattr(source, side) for source in prepared.sources]
+    return HeldoutBatches(sum(map(len, stores)), _Read(stores), share)
 
 
 class _Share:

@@ -83,6 +83,11 @@ class Prepared:
         """UTF-8 bytes of the held-out documents."""
         return sum(source.heldout.bytes for source in self.sources)
 
+    @property
+    def train_bytes(self) -> int:
+        """UTF-8 bytes of the training documents."""
+        return sum(source.train.bytes for source in self.sources)
+
     def heldout_text(self) -> bytes:
         """The held-out documents as UTF-8, ``heldout_bytes`` long, for a compressor to be compared with."""
         return b"".join(source.heldout_file.read_bytes() for source in self.sources)
