@@ -86,7 +86,8 @@ def find_files(
                 base = posixpath.dirname(root)
                 infos = [filesystem.info(root)]
     except OSError as error:
-        raise UserError(f"{where}: {url!r} cannot be listed ({error.strerror or error})") from error
+        at = f"{error.strerror}: {error.filename}" if error.filename else str(error)
+        raise UserError(f"{where}: {url!r} cannot be listed ({at}): mend or remove what is named") from error
     files = (_source_file(filesystem, base, info) for info in infos)
     return tuple(sorted(files, key=lambda file: file.name))
 
@@ -143,9 +144,11 @@ def _sibling_hint(filesystem: Any, path: str) -> str:
         siblings = [posixpath.basename(entry.rstrip("/")) for entry in filesystem.ls(parent, detail=False)]
     except OSError:
         return f"neither does the directory {parent!r}"
+    name = posixpath.basename(path)
+    siblings = [sibling for sibling in siblings if sibling != name]  # a link to nothing is its own neighbour
     if not siblings:
         return f"the directory {parent!r} is empty"
-    hint = nearest(posixpath.basename(path), siblings)
+    hint = nearest(name, siblings)
     return hint if hint.startswith("did you mean") else f"nothing in {parent!r} has a name like it"
 
 

@@ -1,6 +1,7 @@
 """Every kind of source: what it yields, and the one line it says when the input is wrong."""
 
 import gzip
+import itertools
 import json
 import os
 import random
@@ -89,11 +90,19 @@ def test_text_split_into_paragraphs_and_lines(tmp_path):
     assert _texts("text", path, split_by="line") == ["one", "two", "  ", "three", "four"]
 
 
-def test_linked_directories_are_not_walked_into(tmp_path):
-    (tmp_path / "a.txt").write_text("once")
-    (tmp_path / "loop").symlink_to(tmp_path)
-    assert _texts("text", tmp_path) == ["once"]
-    assert _texts("text", tmp_path / "loop") == ["once"], "unless named outright"
+def test_linked_files_are_files_and_linked_directories_are_not_entered(tmp_path):
+    blobs, corpus = tmp_path / "blobs", tmp_path / "corpus"
+    blobs.mkdir()
+    corpus.mkdir()
+    (blobs / "0").write_text("linked")
+    (corpus / "a.txt").symlink_to(blobs / "0")
+    (corpus / "loop.txt").symlink_to(corpus)
+    times = itertools.count(1)
+    for path in (corpus, f"{corpus}/*.txt", corpus / "a.txt", corpus / "loop.txt"):
+        assert _texts("text", path) == ["linked"]
+        before = Source(SourceConfig(kind="text", path=str(path))).fingerprint
+        os.utime(blobs / "0", ns=(1, next(times) * 10**9))
+        assert Source(SourceConfig(kind="text", path=str(path))).fingerprint != before, "the target's time counts"
 
 
 def test_a_name_with_brackets_is_a_name(tmp_path):
