@@ -14,7 +14,7 @@ def values(config, steps, *, peak=2.0, total_steps=100, batch_size=8):
     schedule = make_schedule(config, peak, total_steps=total_steps, batch_size=batch_size)
     in_jit = jax.jit(jax.vmap(schedule))(jnp.array(steps))
     one_by_one = [float(schedule(step)) for step in steps]
-    np.testing.assert_allclose(in_jit, one_by_one, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(in_jit, one_by_one, rtol=1e-5, atol=1e-6 * max(one_by_one))
     return one_by_one
 
 
