@@ -1,0 +1,306 @@
+"""What a model costs: parameters, FLOPs and activation memory, from its configuration alone; and what a chip gives.
+
+Derivations are per token and per layer; the tests hold them against the model itself and against XLA's own analysis.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax.numpy as jnp
+
+from ml.errors import UserError, nearest
+from ml.models.config import TransformerConfig
+from ml.models.transformer import REMAT_POLICIES
+from pallas_kernels.flash_attention import xla
+
+# float32 arrays of shape [tokens, vocab] alive at once: logits, their exponentials, their gradient.
+_LOGIT_COPIES = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterCount:
+    """Numbers of parameters.
+
+    Attributes:
+      total: all.
+      active: those that one token meets: all but the experts that it is not sent to.
+      embedding: rows that are looked up (token and learned position tables).
+    """
+
+    total: int
+    active: int
+    embedding: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ActivationMemory:
+    """Predicted bytes for the activations of one microbatch.
+
+    Attributes:
+      saved: kept from the forward to the backward pass, over all layers.
+      block: the working set of one layer's backward pass.
+      head: logits and their gradient; never alive together with ``block``.
+    """
+
+    saved: int
+    block: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        """The peak."""
+        return self.saved + max(self.block, self.head)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Data-sheet figures of one JAX device.
+
+    Attributes:
+      bf16_flops: dense matrix FLOP/s in bfloat16.
+      float32_flops: dense matrix FLOP/s on float32 operands at JAX's default precision, which is TF32 on NVIDIA and one
+        bfloat16 pass on TPU.
+      memory_bytes: capacity of device memory.
+      memory_bandwidth: bytes/s.
+    """
+
+    bf16_flops: float
+    float32_flops: float
+    memory_bytes: float
+    memory_bandwidth: float
+
+
+def _tpu(bf16: float, gibibytes: float, bandwidth: float) -> Chip:
+    return Chip(bf16, bf16, gibibytes * 2**30, bandwidth)
+
+
+# Keys are `jax.Device.device_kind`. Figures without structured sparsity.
+# TPU: cloud.google.com/tpu/docs, one page per generation. A v3 device is one of the chip's two cores.
+# NVIDIA: the data sheets of the H200, H100, A100, B200, GH200, L40S and L4 (nvidia.com); where a sheet gives only
+# figures with sparsity, half of them.
+CHIPS = {
+    "TPU v3": _tpu(61.5e12, 16, 450e9),
+    "TPU v4": _tpu(275e12, 32, 1228e9),
+    "TPU v5 lite": _tpu(197e12, 16, 819e9),
+    "TPU v5e": _tpu(197e12, 16, 819e9),
+    "TPU v5": _tpu(459e12, 95, 2765e9),
+    "TPU v5p": _tpu(459e12, 95, 2765e9),
+    "TPU v6 lite": _tpu(918e12, 32, 1640e9),
+    "TPU v6e": _tpu(918e12, 32, 1640e9),
+    "NVIDIA H200": Chip(989e12, 494.5e12, 141e9, 4.8e12),
+    "NVIDIA H100 80GB HBM3": Chip(989e12, 494.5e12, 80e9, 3.35e12),
+    "NVIDIA H100 PCIe": Chip(756e12, 378e12, 80e9, 2.0e12),
+    "NVIDIA H100 NVL": Chip(835e12, 417.5e12, 94e9, 3.9e12),
+    "NVIDIA GH200 480GB": Chip(989e12, 494.5e12, 96e9, 4.0e12),
+    "NVIDIA B200": Chip(2250e12, 1125e12, 180e9, 7.7e12),
+    "NVIDIA A100-SXM4-40GB": Chip(312e12, 156e12, 40e9, 1.555e12),
+    "NVIDIA A100-PCIE-40GB": Chip(312e12, 156e12, 40e9, 1.555e12),
+    "NVIDIA A100-SXM4-80GB": Chip(312e12, 156e12, 80e9, 2.039e12),
+    "NVIDIA A100 80GB PCIe": Chip(312e12, 156e12, 80e9, 1.935e12),
+    "NVIDIA L40S": Chip(362e12, 183e12, 48e9, 864e9),
+    "NVIDIA L4": Chip(121e12, 60e12, 24e9, 300e9),
+}
+
+
+def peak_flops(device_kind: str, dtype: Any) -> float | None:
+    """Dense matrix FLOP/s of one device for operands of ``dtype``; ``None`` if unknown (a CPU, a chip not in `CHIPS`).
+
+    Args:
+      device_kind: of a `jax.Device`.
+      dtype: bfloat16, float16 or float32.
+    """
+    chip = CHIPS.get(device_kind)
+    if chip is None:
+        return None
+    return {"bfloat16": chip.bf16_flops, "float16": chip.bf16_flops, "float32": chip.float32_flops}.get(
+        jnp.dtype(dtype).name
+    )
+
+
+def parameter_count(config: TransformerConfig) -> ParameterCount:
+    """Counts the parameters that `ml.models.init_params` would make."""
+    c = config
+    query, keys = c.num_heads * c.head_dim, 2 * c.num_kv_heads * c.head_dim
+    norm = c.embed_dim * (2 if c.norm == "layer" else 1)
+    layer = _attention_kernels(c) + norm * _norms(c)
+    layer += (query + keys if c.qkv_bias else 0) + (c.embed_dim if c.out_bias else 0)
+    layer += 2 * c.head_dim if c.qk_norm else 0
+    idle = 0
+    if c.moe is None:
+        layer += _mlp_kernels(c)
+        if c.mlp_bias:
+            layer += c.mlp_dim * (2 if c.gated_mlp else 1) + c.embed_dim
+    else:
+        expert = 3 * c.embed_dim * c.moe.mlp_dim
+        layer += c.embed_dim * c.moe.num_experts + c.moe.num_experts * expert
+        idle = (c.moe.num_experts - c.moe.top_k) * expert
+    embedding = c.embed_dim * (c.vocab_size + (c.max_length if c.position_embedding == "learned" else 0))
+    unembedding = 0 if c.tie_embeddings else c.embed_dim * c.vocab_size
+    total = c.num_layers * layer + embedding + norm + unembedding
+    return ParameterCount(total, total - c.num_layers * idle, embedding)
+
+
+def visible_keys(length: int, window: int | None = None) -> float:
+    """Mean number of keys that a query of one causal sequence sees, itself included.
+
+    Args:
+      length: tokens in the sequence.
+      window: sliding window; ``None``: all earlier tokens.
+    """
+    window = length if window is None else min(window, length)
+    return (window * (window + 1) / 2 + (length - window) * window) / length
+
+
+def forward_flops_per_token(config: TransformerConfig, length: int) -> float:
+    """Matrix-multiply FLOPs of the forward pass for one token, a multiplication and an addition counted as two.
+
+    Attention counts only visible keys, a mixture of experts only the experts chosen and the router. Embedding lookups,
+    norms and softmaxes count as nothing, as in the published figures of MFU (Chowdhery et al. 2022, appendix B).
+
+    Args:
+      config: the architecture.
+      length: tokens in one sequence; documents packed together count as one, an overestimate.
+    """
+    c = config
+    if c.moe is None:
+        mlp = _mlp_kernels(c)
+    else:
+        mlp = c.embed_dim * c.moe.num_experts + 3 * c.moe.top_k * c.embed_dim * c.moe.mlp_dim
+    seen = sum(visible_keys(length, c.sliding_window if c.is_local(i) else None) for i in range(c.num_layers))
+    attention = 2 * c.num_heads * c.head_dim * seen  # q k^T and weights v
+    return 2.0 * (c.num_layers * (_attention_kernels(c) + mlp) + attention + c.embed_dim * c.vocab_size)
+
+
+def train_flops_per_token(config: TransformerConfig, length: int) -> float:
+    """FLOPs of forward and backward for one token: three times `forward_flops_per_token`.
+
+    Each product ``x w`` needs two of the same size in the backward pass. What rematerialization computes again is not
+    counted: these are the model's FLOPs, those of MFU.
+    """
+    return 3.0 * forward_flops_per_token(config, length)
+
+
+def activation_memory(
+    config: TransformerConfig,
+    *,
+    batch: int,
+    length: int,
+    remat: str = "none",
+    dtype: Any = jnp.float32,
+    attention: Literal["xla", "kernel"] = "xla",
+    logit_tokens: int | None = None,
+) -> ActivationMemory:
+    """Predicts the bytes of activations of one microbatch, forward and backward, on one device.
+
+    What is saved follows from what each policy lets JAX keep, and is right within 1%. The working set of a layer
+    depends on how XLA orders and fuses it; dense models are right within a factor of 1.5 in all (on CPU, as tested).
+    XLA's CPU expansion of grouped products multiplies the working set of a mixture of experts several times, which is
+    not predicted. Gradients, parameters and optimizer state are not included.
+
+    Args:
+      config: the architecture.
+      batch: sequences on the device.
+      length: tokens in each.
+      remat: key of `ml.models.REMAT_POLICIES`.
+      dtype: of activations.
+      attention: ``xla`` keeps slices of keys and, under ``dots``, the scores; a fused ``kernel`` keeps neither.
+      logit_tokens: tokens whose logits are held at once; ``None``: all of them.
+
+    Raises:
+      UserError: unknown policy.
+    """
+    if remat not in REMAT_POLICIES:
+        raise UserError(f"remat={remat!r}: no such policy; {nearest(remat, REMAT_POLICIES)}")
+    c, size = config, jnp.dtype(dtype).itemsize
+    tokens = batch * length
+    columns, scores = _blocks(c, length) if attention == "xla" else (1.0, 0.0)
+    everything = _everything(c, size, columns)
+    casts = 0
+    if remat == "full":
+        kept = size * c.embed_dim
+    elif remat == "none":
+        kept = everything
+        # Kernels cast to the type of activations are operands of the backward pass too.
+        casts = size * _layer_kernels(c) if size < 4 else 0
+    else:
+        kept = size * _kernel_outputs(c) + (4 * c.moe.num_experts if c.moe else 0)
+        if remat == "dots" and attention == "xla":
+            kept += 4 * c.num_heads * (scores + c.head_dim)
+    widest = c.mlp_dim if c.moe is None else c.moe.top_k * c.moe.mlp_dim
+    block = everything + size * widest + 4 * c.num_heads * scores
+    head = 4 * _LOGIT_COPIES * c.vocab_size + 4 * size * c.embed_dim
+    return ActivationMemory(
+        saved=round(c.num_layers * (tokens * kept + casts)),
+        block=round(tokens * block),
+        head=(tokens if logit_tokens is None else logit_tokens) * head,
+    )
+
+
+def _attention_kernels(c: TransformerConfig) -> int:
+    return 2 * c.embed_dim * (c.num_heads + c.num_kv_heads) * c.head_dim
+
+
+def _mlp_kernels(c: TransformerConfig) -> int:
+    return (3 if c.gated_mlp else 2) * c.embed_dim * c.mlp_dim
+
+
+def _layer_kernels(c: TransformerConfig) -> int:
+    experts = 0 if c.moe is None else 3 * c.moe.num_experts * c.embed_dim * c.moe.mlp_dim
+    return _attention_kernels(c) + (experts if c.moe else _mlp_kernels(c))
+
+
+def _norms(c: TransformerConfig) -> int:
+    return 1 + (not c.parallel_block) + 2 * c.post_norms
+
+
+def _kernel_outputs(c: TransformerConfig) -> int:
+    """Values per token kept by a policy that saves products with kernels: those and the block's input.
+
+    A product that is only added to the residual stream is not needed again, so it is not kept.
+    """
+    values = c.embed_dim + (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
+    if c.post_norms or not c.parallel_block:
+        values += c.embed_dim  # attention's output: the second norm reads its sum with the input
+    if c.moe is None:
+        values += c.mlp_dim * (2 if c.gated_mlp else 1) + (c.embed_dim if c.post_norms else 0)
+    return values
+
+
+def _everything(c: TransformerConfig, size: int, columns: float) -> float:
+    """Bytes per token and layer of all that differentiation keeps where nothing is computed again.
+
+    Args:
+      c: the architecture.
+      size: bytes of an activation.
+      columns: how often each key is held.
+    """
+    # A norm works in float32: its input, the square's derivative, its result before scaling, and two scalars.
+    norm = 4.0 * (3 * c.embed_dim + 2)
+    kept = norm * _norms(c) + size * c.embed_dim
+    if c.moe is not None and (size < 4 or not c.parallel_block):
+        kept += 4 * c.embed_dim  # the router reads its input in float32
+    elif not c.parallel_block:
+        kept += size * c.embed_dim
+    kept += size * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads * columns)
+    if c.qk_norm:
+        kept += 4 * (3 * c.head_dim + 2) * (c.num_heads + c.num_kv_heads)
+    # The nonlinearity keeps its input and inner results; then come its result and, if gated, other factor and product.
+    inner = 4 if c.activation == "gelu_tanh" else 3
+    if c.moe is None:
+        return kept + size * c.mlp_dim * (inner + (3 if c.gated_mlp else 1))
+    routed = size * c.moe.top_k * (c.moe.mlp_dim * (inner + 3) + 2 * c.embed_dim)
+    return kept + routed + 4 * 3 * c.moe.num_experts
+
+
+def _blocks(c: TransformerConfig, length: int) -> tuple[float, float]:
+    """Of the blocked XLA attention: copies held of each key, and scores per query and head."""
+    local = all(c.is_local(i) for i in range(c.num_layers))
+    window = c.sliding_window if local and c.sliding_window else length
+    block = max(xla.BLOCK, -(-length // xla.MAX_BLOCKS))
+    copies = scores = 0
+    for start in range(0, length, block):
+        stop = min(start + block, length)
+        columns = stop - max(0, start - window + 1)
+        copies += columns
+        scores += columns * (stop - start)
+    return copies / length, scores / length
