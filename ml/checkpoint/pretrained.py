@@ -31,7 +31,7 @@ def load_model(
 
     Args:
       path: a work directory (``experiment.json``, ``checkpoints/``) or a Hugging Face folder (``config.json``).
-      step: which checkpoint of a work directory; ``None``: the newest that is whole.
+      step: which checkpoint of a work directory (its moving average, if it keeps one); ``None``: the newest whole one.
       dtype: of the parameters; ``None``: as saved.
       sharding: placement of each leaf by its path (``"layers/mlp/up/kernel"``); ``None``: the default device.
 
@@ -42,21 +42,28 @@ def load_model(
       UserError: neither kind of folder, or something in it is missing, damaged or unsupported.
     """
     folder = Path(path).expanduser()
+    config = load_model_config(folder)
     if (folder / _EXPERIMENT).is_file():
-        config = _read_experiment(folder / _EXPERIMENT)
-        params = restore_params(folder, step, dtype=dtype)[1]
+        params = restore_params(folder, step, dtype=dtype, subtree=_subtree(folder / _EXPERIMENT))[1]
         if sharding is not None:
             params = jax.tree.map_with_path(lambda keys, leaf: jax.device_put(leaf, sharding(_join(keys))), params)
-    elif (folder / "config.json").is_file():
+    else:
         if step is not None:
             raise UserError(f"{folder}: a Hugging Face folder has no checkpoint steps; leave the step out")
-        config = load_config(folder)
         params = load_params(folder, config, dtype=dtype, sharding=sharding)
-    else:
-        found = "no such folder" if not folder.is_dir() else f"neither {_EXPERIMENT} nor config.json is there"
-        raise UserError(f"{folder}: {found}; give a work directory of scripts/train.py or a Hugging Face model folder")
     tokenizer = folder / "tokenizer.json"
     return config, params, tokenizer if tokenizer.is_file() else None
+
+
+def load_model_config(path: str | os.PathLike[str]) -> TransformerConfig:
+    """The architecture of the model in a work directory or a Hugging Face folder; errors as `load_model`'s."""
+    folder = Path(path).expanduser()
+    if (folder / _EXPERIMENT).is_file():
+        return _read_experiment(folder / _EXPERIMENT)
+    if (folder / "config.json").is_file():
+        return load_config(folder)
+    found = "no such folder" if not folder.is_dir() else f"neither {_EXPERIMENT} nor config.json is there"
+    raise UserError(f"{folder}: {found}; give a work directory of scripts/train.py or a Hugging Face model folder")
 
 
 def save_workdir(
@@ -95,6 +102,11 @@ def _read_experiment(path: Path) -> TransformerConfig:
     if not isinstance(experiment, dict) or not isinstance(experiment.get("model"), dict):
         raise UserError(f"{path}: has no group 'model'; is it the experiment.json of a training run?")
     return build(TransformerConfig, experiment["model"], f"{path}: model")
+
+
+def _subtree(experiment: Path) -> str:
+    """Where a run keeps the parameters it evaluates: their moving average, if it has one."""
+    return "ema" if json.loads(experiment.read_text()).get("train", {}).get("ema") else "params"
 
 
 def _join(keys: tuple[Any, ...]) -> str:
