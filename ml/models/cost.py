@@ -277,7 +277,7 @@ def _everything(c: TransformerConfig, size: int, columns: float) -> float:
     # A norm works in float32: its input, the square's derivative, its result before scaling, and two scalars.
     norm = 4.0 * (3 * c.embed_dim + 2)
     kept = norm * _norms(c) + size * c.embed_dim
-    if c.moe is not None and (size < 4 or not c.parallel_block):
+    if c.moe is not None:
         kept += 4 * c.embed_dim  # the router reads its input in float32
     elif not c.parallel_block:
         kept += size * c.embed_dim

@@ -112,8 +112,8 @@ def _rows(data: bytes, path: str | os.PathLike[str]) -> list[tuple[dict[str, Any
 
 
 def _truncate(path: pathlib.Path, step: int) -> None:
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.is_file():
         return
     data = path.read_bytes()
     kept = b"".join(line for row, line in _rows(data, path) if row["step"] <= step)

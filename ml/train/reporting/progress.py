@@ -69,7 +69,7 @@ class ProgressDisplay:
             # auto_refresh would draw from a thread of its own, in the middle of the host's work.
             self._progress = Progress(
                 TextColumn("{task.description}"),
-                BarColumn(bar_width=None),
+                BarColumn(bar_width=None, style="bright_black", complete_style="cyan", finished_style="green"),
                 TextColumn("{task.fields[figures]}"),
                 console=self._console,
                 auto_refresh=False,
