@@ -87,6 +87,52 @@ def test_rope_spellings(rope, expected):
     assert parse(**rope).rope == expected
 
 
+COMMON = {"attention_bias": False, "attention_dropout": 0.0, "use_cache": True, "transformers_version": "4.50.0.dev0"}
+# What the published files of these models hold beside sizes, in the spelling of transformers 4.
+PUBLISHED = {
+    "Qwen/Qwen3-30B-A3B": {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]}
+    | {"decoder_sparse_step": 1, "head_dim": 128, "hidden_act": "silu", "max_window_layers": 48, "mlp_only_layers": []}
+    | {"moe_intermediate_size": 768, "norm_topk_prob": True, "num_experts": 128, "num_experts_per_tok": 8}
+    | {"output_router_logits": False, "rope_scaling": None, "router_aux_loss_coef": 0.001, "sliding_window": None}
+    | {"tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_sliding_window": False},
+    "google/gemma-2-2b": {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]}
+    | {"attn_logit_softcapping": 50.0, "cache_implementation": "hybrid", "final_logit_softcapping": 30.0}
+    | {"head_dim": 256, "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
+    | {"query_pre_attn_scalar": 256, "sliding_window": 4096, "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0},
+    "google/gemma-3-1b-pt": {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
+    | {"attn_logit_softcapping": None, "cache_implementation": "hybrid", "final_logit_softcapping": None}
+    | {"eos_token_id": [1, 106], "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh", "rope_scaling": None}
+    | {"query_pre_attn_scalar": 256, "rope_local_base_freq": 10000, "sliding_window": 512, "sliding_window_pattern": 6},
+    "HuggingFaceTB/SmolLM2-135M": {"is_llama_config": True, "rope_interleaved": False, "rope_scaling": None}
+    | {"pretraining_tp": 1, "mlp_bias": False, "tie_word_embeddings": True, "initializer_range": 0.041666666666666664},
+    "mistralai/Mixtral-8x7B-v0.1": {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
+    | {"num_experts_per_tok": 2, "num_local_experts": 8, "output_router_logits": False, "sliding_window": None}
+    | {"router_aux_loss_coef": 0.02, "hidden_act": "silu", "tie_word_embeddings": False},
+}
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_published_files_are_read(name):
+    config = parse_config(LLAMA | COMMON | PUBLISHED[name])[1]
+    if "gemma" in name:
+        assert (config.sliding_window, config.attention_scale) == (PUBLISHED[name]["sliding_window"], None)
+    if "Qwen3" in name:
+        assert config.moe == MoEConfig(128, 8, 768, True, 0.001) and config.qk_norm and config.head_dim == 128
+
+
+def test_gpt2_as_published():
+    config = parse_config(
+        {"activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"], "attn_pdrop": 0.1}
+        | {"bos_token_id": 50256, "embd_pdrop": 0.1, "eos_token_id": 50256, "initializer_range": 0.02}
+        | {"layer_norm_epsilon": 1e-05, "model_type": "gpt2", "n_ctx": 1024, "n_embd": 768, "n_head": 12}
+        | {"n_layer": 12, "n_positions": 1024, "resid_pdrop": 0.1, "summary_activation": None, "vocab_size": 50257}
+        | {"summary_proj_to_labels": True, "summary_type": "cls_index", "summary_use_proj": True}
+        | {"task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}}}
+    )[1]
+    assert (config.mlp_dim, config.head_dim, config.max_length) == (3072, 64, 1024)
+    assert (config.activation, config.norm, config.tie_embeddings) == ("gelu_tanh", "layer", True)
+
+
 def test_defaults_of_fields_left_out():
     values = {key: value for key, value in LLAMA.items() if key not in ("num_key_value_heads", "rope_theta")}
     config = parse_config(values)[1]

@@ -223,7 +223,7 @@ def _quantized(folder):
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
-        (_truncate, "model.safetensors: cut short"),
+        (_truncate, "model.safetensors: cut short: "),
         (_truncate_header, "model.safetensors: cut short within its header"),
         (_lfs_pointer, "git lfs pull"),
         (_garbage, "model.safetensors: not a safetensors file"),

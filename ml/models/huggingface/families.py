@@ -64,7 +64,8 @@ HARMLESS = frozenset(
         # bookkeeping
         *("_name_or_path", "architectures", "model_type", "transformers_version", "dtype", "torch_dtype", "prefix"),
         *("tokenizer_class", "return_dict", "is_decoder", "id2label", "label2id", "num_labels", "problem_type"),
-        *("finetuning_task", "task_specific_params", "unsloth_version", "unsloth_fixed"),
+        *("finetuning_task", "task_specific_params", "unsloth_version", "unsloth_fixed", "is_llama_config"),
+        "transformers.js_config",
         *("summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout"),
         # execution
         *("use_cache", "cache_implementation", "attn_implementation", "_attn_implementation", "pretraining_tp"),

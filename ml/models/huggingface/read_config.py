@@ -183,6 +183,7 @@ def _read_llama_like(fields: _Fields) -> TransformerConfig:
     act = "hidden_act"
     if gemma and family != "gemma":
         act = "hidden_activation"
+        fields.read.add("hidden_act")  # published files have it too; transformers does not read it
     elif family == "gemma":
         same = fields.values.get("hidden_act", "gelu_pytorch_tanh")
         fields.refuse_if("hidden_activation", lambda value: value != same, f"contradicts hidden_act ({same!r})")
