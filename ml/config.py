@@ -45,7 +45,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     def plain(value: Any) -> Any:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-        if isinstance(value, Mapping):
+        if _is_mapping(value):
             return {key: plain(item) for key, item in value.items()}
         if isinstance(value, tuple | list):
             return [plain(item) for item in value]
@@ -73,11 +73,11 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(hint):
         if isinstance(value, hint):  # type: ignore[arg-type]
             return value
-        if not isinstance(value, Mapping):
+        if not _is_mapping(value):
             raise _mismatch("a group of keys", value, path)
         return build(hint, value, path)  # type: ignore[arg-type]
     if origin is not None and issubclass(origin, Mapping):
-        if not isinstance(value, Mapping):
+        if not _is_mapping(value):
             raise _mismatch("a mapping", value, path)
         return {key: _convert(args[1], item, f"{path}.{key}") for key, item in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
@@ -97,6 +97,10 @@ def _convert_union(args: tuple[Any, ...], value: Any, path: str) -> Any:
         except UserError:
             continue
     return _convert(choices[-1], value, path)
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, Mapping) or hasattr(value, "items")  # ConfigDict does not call itself a Mapping
 
 
 def _mismatch(wanted: str, value: Any, path: str) -> UserError:
