@@ -192,7 +192,7 @@ def activation_memory(
 ) -> ActivationMemory:
     """Predicts the bytes of activations of one microbatch, forward and backward, on one device.
 
-    What is saved follows from what each policy lets JAX keep, and is right within 1%. The working set of a layer
+    What is saved follows from what each policy lets JAX keep, and is right within 5%. The working set of a layer
     depends on how XLA orders and fuses it; dense models are right within a factor of 1.5 in all (on CPU, as tested).
     XLA's CPU expansion of grouped products multiplies the working set of a mixture of experts several times, which is
     not predicted. Gradients, parameters and optimizer state are not included.
