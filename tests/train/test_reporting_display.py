@@ -3,6 +3,7 @@
 import gzip
 import io
 import lzma
+import random
 import re
 import subprocess
 import sys
@@ -146,9 +147,11 @@ def test_numbers_and_durations_read_well():
 
 
 def test_compressors_see_the_whole_text_at_once():
-    texts = [b"import os\n" * 30, b"import sys\n" * 30]
+    words = random.Random(0).choices([f"name_{i} = {i * i}\n".encode() for i in range(300)], k=4000)
+    texts = [b"".join(words[:2000]), b"".join(words[2000:])]
     whole = b"".join(texts)
     assert gzip_bits_per_byte(iter(texts)) == 8 * len(gzip.compress(whole, 9)) / len(whole)
+    assert len(lzma.compress(whole, preset=9)) < len(lzma.compress(whole, preset=0))
     assert xz_bits_per_byte(iter(texts)) == 8 * len(lzma.compress(whole, preset=9)) / len(whole)
     with pytest.raises(ValueError, match="no text"):
         gzip_bits_per_byte([])

@@ -103,6 +103,28 @@ def test_full_disk_is_a_user_error():
         file.write(1, {"loss": 1.0})
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no resource limits")
+def test_row_that_does_not_fit_leaves_no_half_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    program = textwrap.dedent(f"""
+        import resource
+        from ml.errors import UserError
+        from ml.train.reporting import MetricsFile
+        resource.setrlimit(resource.RLIMIT_FSIZE, (150, 150))  # the third row is taken in part
+        file = MetricsFile({str(path)!r})
+        try:
+            for step in (1, 2, 3):
+                file.write(step, {{"padding": "x" * 40}})
+        except UserError as error:
+            print(error)
+    """)
+    environment = {**os.environ, "PYTHONPATH": str(_ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
+    assert "metrics.jsonl: cannot be written" in done.stdout
+    assert path.read_text().endswith("}\n")
+    assert [row["step"] for row in read_metrics(path)] == [1, 2]
+
+
 def _events(directory):
     """All events of all files, parsed by the TFRecord layout: length, its checksum, payload, its checksum."""
     from tensorboardX.proto.event_pb2 import Event
