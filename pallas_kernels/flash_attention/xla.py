@@ -31,9 +31,12 @@ def flash_attention(query, key, value, *, segment_ids, window, scale, softcap):
         segments = None
         if segment_ids is not None:
             segments = (segment_ids[:, start:stop], segment_ids[:, first:stop])
-        outputs.append(
-            jax.checkpoint(attend)(q[:, :, :, start:stop], k[:, :, first:stop], v[:, :, first:stop], segments, window)
-        )
+        block_inputs = (q[:, :, :, start:stop], k[:, :, first:stop], v[:, :, first:stop])
+        if outputs:
+            # One block after the other, backward too: a scheduler that is free to would keep the scores of all at once
+            # (and JAX 0.10's compiler for CPUs still does).
+            outputs[-1], block_inputs = jax.lax.optimization_barrier((outputs[-1], block_inputs))
+        outputs.append(jax.checkpoint(attend)(*block_inputs, segments, window))
     out = jnp.concatenate(outputs, axis=3)
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
 
