@@ -133,5 +133,5 @@ def _checked_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     hints = typing.get_type_hints(builder)
     keywords = [p for p in inspect.signature(builder).parameters.values() if p.kind is p.KEYWORD_ONLY]
     fields = [(p.name, hints[p.name], dataclasses.field(default=p.default)) for p in keywords]
-    checked = configuration.build(dataclasses.make_dataclass(name, fields), options, "optimizer.options")
+    checked: Any = configuration.build(dataclasses.make_dataclass(name, fields), options, "optimizer.options")
     return {key: getattr(checked, key) for key in options}

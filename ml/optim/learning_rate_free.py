@@ -126,8 +126,8 @@ def never_zero(schedule: optax.Schedule) -> optax.Schedule:
 def _whole_tree(transform: optax.GradientTransformation) -> optax.GradientTransformation:
     """Makes the state own its copy of the starting point, and lets inner products over the tree run sharded.
 
-    Without the copy ``jit(init)`` forwards the parameters' own buffers into the state, and a step that donates both is
-    refused.
+    Without the copy an ``init`` outside of jit puts the parameters' own buffers into the state, and a step that donates
+    both is refused.
     """
 
     def init(params: PyTree) -> PyTree:

@@ -77,13 +77,9 @@ def per_layer(transform: optax.GradientTransformation, axes: PyTree) -> optax.Gr
     def update(updates: PyTree, state: PyTree, params: PyTree | None = None) -> tuple[PyTree, PyTree]:
         if params is None:
             raise ValueError(optax.NO_PARAMS_MSG)
-        leaves, structure = jax.tree_util.tree_flatten_with_path(updates)
-        pairs = [
-            mapped(transform.update, path, g)(g, s, x)
-            for (path, g), s, x in zip(
-                leaves, structure.flatten_up_to(state), structure.flatten_up_to(params), strict=True
-            )
-        ]
-        return structure.unflatten([pair[0] for pair in pairs]), structure.unflatten([pair[1] for pair in pairs])
+        pairs = jax.tree_util.tree_map_with_path(
+            lambda path, g, s, x: mapped(transform.update, path, g)(g, s, x), updates, state, params
+        )
+        return tuple(jax.tree.map(lambda _, pair, i=i: pair[i], updates, pairs) for i in range(2))
 
     return optax.GradientTransformation(init, update)

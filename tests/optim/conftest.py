@@ -1,13 +1,8 @@
-"""A small decoder's parameters, axes and gradients, in the shape that scanned layers give them; eight CPU devices."""
-
-import os
+"""A small decoder's parameters, axes and gradients, in the shape that scanned layers give them."""
 
 import jax
 import numpy as np
 import pytest
-
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 SIZES = {
     "vocab": 16,

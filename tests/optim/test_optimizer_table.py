@@ -211,6 +211,16 @@ def test_every_state_survives_a_checkpoint(params, gradients, tmp_path, trainer_
         np.testing.assert_array_equal(a, b)
 
 
+@every_optimizer
+def test_a_state_made_outside_of_jit_shares_no_buffer_with_the_parameters(name, params, trainer_for):
+    """A step that donates both would otherwise be refused."""
+    params = jax.tree.map(jnp.array, params)
+    with jax.disable_jit():
+        state = trainer_for(name).transform.init(params)
+    own = {x.unsafe_buffer_pointer() for x in jax.tree.leaves(params)}
+    assert own.isdisjoint(x.unsafe_buffer_pointer() for x in jax.tree.leaves(state))
+
+
 def test_an_optimizer_may_own_a_part_of_the_tree(axes, params, gradients):
     """Adapters and frozen parameters: gradients for a subtree, axes for all of it."""
     part = {"layers": {"attention": params["layers"]["attention"]}}

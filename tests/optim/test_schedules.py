@@ -59,10 +59,12 @@ def test_staged_re_warm_up_follows_the_public_bert_recipe():
 
 def test_re_warming_starts_from_the_old_minimum():
     config = ScheduleConfig(
-        kind="cosine", end_factor=0.1, stages=(StageConfig(50), StageConfig(50, warmup_steps=10, start_factor=0.1))
+        kind="cosine",
+        end_factor=0.1,
+        stages=(StageConfig(50), StageConfig(50, warmup_steps=10, start_factor=0.1), StageConfig(20, peak_factor=2.0)),
     )
-    got = values(config, [0, 25, 50, 55, 60, 80, 100])
-    np.testing.assert_allclose(got, [2.0, 1.1, 0.2, 1.1, 2.0, 1.1, 0.2], rtol=1e-5)
+    got = values(config, [0, 25, 50, 55, 60, 80, 100, 110, 120], total_steps=120)
+    np.testing.assert_allclose(got, [2.0, 1.1, 0.2, 1.1, 2.0, 1.1, 4.0, 2.2, 0.4], rtol=1e-5)
 
 
 def test_square_root_scaling_gives_the_lamb_table():
