@@ -12,6 +12,7 @@ import numpy as np
 
 from ml.errors import UserError
 from ml.models.config import TransformerConfig
+from ml.models.huggingface import transpose
 from ml.models.huggingface.names import Tensor, ignored, leaf_shapes, tensors
 from ml.models.huggingface.read_config import parse_config, read_json
 from ml.models.huggingface.safetensors_io import FLOAT_DTYPES, SafetensorsFile, storable_dtype
@@ -87,7 +88,7 @@ def _copy_rows(file: SafetensorsFile, tensor: Tensor, targets: list[np.ndarray])
         for target in targets:
             destination = target[first : first + len(rows)]
             width = target.shape[1]
-            destination[...] = rows[:, offset : offset + width]
+            transpose.copy(destination, rows[:, offset : offset + width])
             offset += width
 
 

@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from ml.errors import UserError
+from ml.models.huggingface import transpose
 
 CHUNK_BYTES = 16 << 20
 _MAX_HEADER_BYTES = 100_000_000  # the reference implementation's own limit
@@ -143,7 +144,8 @@ def write(path: Path, tensors: Sequence[Outgoing]) -> None:
         for tensor in tensors:
             written = 0
             for piece in tensor.rows():
-                data = np.ascontiguousarray(piece, dtype=tensor.dtype)
+                data = np.empty(piece.shape, tensor.dtype)
+                transpose.copy(data, piece)
                 file.write(memoryview(data.reshape(-1).view(np.uint8)))
                 written += data.nbytes
             if written != tensor.nbytes:
