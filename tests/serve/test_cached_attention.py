@@ -47,7 +47,7 @@ PAGE_SIZE = 20
 @functools.cache
 def _model(name):
     model = Transformer(dataclasses.replace(BASE, **ARCHITECTURES[name]))
-    return model, init_params(model, jax.random.key(1))
+    return model, jax.jit(init_params, static_argnums=0)(model, jax.random.key(1))
 
 
 def _tokens(seed=0):
@@ -108,7 +108,7 @@ def test_token_beyond_the_page_is_not_stored():
 
 def test_cache_has_the_dtype_of_activations():
     model = Transformer(BASE, dtype=jnp.bfloat16)
-    params = init_params(model, jax.random.key(1))
+    params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(1))
     cache = KVCache.zeros(BASE, 1, 8, jnp.bfloat16)
     hidden, cache, _ = model.apply({"params": params}, jnp.ones((1, 4), jnp.int32), PrefillAttention(), None, cache)
     positions = jnp.array([[4]])

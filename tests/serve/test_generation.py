@@ -39,7 +39,7 @@ GREEDY = SamplingParams(max_tokens=14, temperature=0.0)
 @functools.cache
 def _weights(name="plain"):
     config = dataclasses.replace(CONFIG, **ARCHITECTURES[name])
-    return config, init_params(Transformer(config), jax.random.key(5))
+    return config, jax.jit(init_params, static_argnums=0)(Transformer(config), jax.random.key(5))
 
 
 def _generator(name="plain", **kwargs):
@@ -169,7 +169,7 @@ def test_few_programs_are_compiled():
 
 def test_cache_is_donated_and_updated_in_place():
     config = dataclasses.replace(CONFIG, num_layers=8, max_length=4096)
-    params = init_params(Transformer(config), jax.random.key(0))
+    params = jax.jit(init_params, static_argnums=0)(Transformer(config), jax.random.key(0))
     tokens, batch = generation._pad([[1, 2]], [GREEDY], [frozenset()], 16)
     model = Transformer(config)
     cache, rows = generation._prefill(model, 4096, params, tokens, batch)

@@ -95,7 +95,7 @@ def _loss(model):
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_typed_leaves_give_the_logits_of_the_dense_weights(config, remat):
     model = Transformer(config, remat=remat)
-    params = _typed(init_params(model, jax.random.key(0)))
+    params = _typed(jax.jit(init_params, static_argnums=0)(model, jax.random.key(0)))
     logits = jax.jit(_loss(model))(params)[1]
     expected = jax.jit(_loss(model))(_dense(params))[1]
     assert expected.std() > 0.1
@@ -105,7 +105,7 @@ def test_typed_leaves_give_the_logits_of_the_dense_weights(config, remat):
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_gradient_reaches_the_arrays_inside_a_leaf(remat):
     model = Transformer(CONFIG, remat=remat)
-    params = init_params(model, jax.random.key(0))
+    params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(0))
     up = _low_rank(np.asarray(params["layers"]["mlp"]["up"]["kernel"]))
 
     def with_up(up):
