@@ -71,7 +71,7 @@ def make_train_step(
             (state.params, state.opt_state, state.ema),
         )
         metrics |= {
-            "learning_rate": schedule(state.step),
+            "learning_rate": schedule(state.step - state.skipped),  # the optimizer has not counted skipped steps
             "gradient_norm": grad_norm,
             "parameter_norm": optax.global_norm(params),
             "tokens": tokens,
