@@ -189,6 +189,15 @@ def test_rotary_positions_are_relative():
     assert np.abs(stretched - _forward(CONFIG, TOKENS)).max() > 0.1
 
 
+@pytest.mark.parametrize(("pattern", "theta"), [(("local",), 50.0), (("global",), 10_000.0)])
+def test_local_layers_have_a_rotary_base_of_their_own(pattern, theta):
+    params = _params(CONFIG)
+    wide = {"sliding_window": 20, "window_pattern": pattern, "local_rope_theta": 50.0}  # a window that hides nothing
+    same = dataclasses.replace(CONFIG, rope=dataclasses.replace(CONFIG.rope, theta=theta))
+    actual = _forward(dataclasses.replace(CONFIG, **wide), TOKENS, params)
+    np.testing.assert_allclose(actual, _forward(same, TOKENS, params), atol=1e-4)
+
+
 def test_default_positions_count_from_zero():
     positions = np.broadcast_to(np.arange(10), TOKENS.shape)
     np.testing.assert_array_equal(_forward(CONFIG, TOKENS), _forward(CONFIG, TOKENS, positions=positions))

@@ -117,6 +117,18 @@ def test_stop_token_first():
     assert (completion.tokens, completion.finish_reason) == ([], "stop")
 
 
+def test_the_device_stops_drawing_by_itself():
+    config, params = _weights()
+    free = _generator().generate([PROMPTS[0]], GREEDY)[0].tokens
+    cut = next(i for i in range(1, 9) if free[i] not in free[:i])
+    tokens, batch = generation._pad([PROMPTS[0]], [GREEDY], [frozenset([free[cut]])], 16)
+    model = Transformer(config)
+    cache, rows = generation._prefill(model, 16, params, tokens, batch)
+    _, rows, chunk = generation._decode(model, 10, params, cache, rows, batch)
+    assert chunk.tolist() == [free[1 : cut + 1] + [-1] * (10 - cut)]
+    assert (rows.done.tolist(), rows.drawn.tolist()) == ([True], [cut + 1])
+
+
 @pytest.mark.parametrize("max_tokens", [1, 4, 5, 6])
 def test_max_tokens_around_a_dispatch(max_tokens):
     requests = [SamplingParams(max_tokens=m, temperature=0.0) for m in (max_tokens, 9)]

@@ -46,9 +46,9 @@ class Scaled8:
 class LowRank:
     """A frozen matrix plus a product of two thin ones; not of the shape that the module declares."""
 
-    base: jax.Array
     down: jax.Array
     up: jax.Array
+    base: jax.Array
 
     def dense(self):
         return self.base + jnp.einsum("...ir,...ro->...io", self.down, self.up).reshape(self.base.shape)
@@ -66,7 +66,7 @@ def _low_rank(w, rank=2):
     rng = np.random.default_rng(1)
     lead, inner, outer = w.shape[:1], w.shape[1], int(np.prod(w.shape[2:]))
     down, up = rng.normal(size=(*lead, inner, rank)), rng.normal(size=(*lead, rank, outer))
-    return LowRank(jnp.asarray(w), jnp.asarray(0.1 * down, jnp.float32), jnp.asarray(up, jnp.float32))
+    return LowRank(jnp.asarray(0.1 * down, jnp.float32), jnp.asarray(up, jnp.float32), jnp.asarray(w))
 
 
 def _typed(params):
