@@ -13,39 +13,39 @@ from ml.models import MoEConfig, Transformer, TransformerConfig, init_params
 from ml.train.config import ExperimentConfig
 
 LENGTH = 16
-_SMALL = dict(
-    vocab_size=64,
-    num_layers=2,
-    embed_dim=16,
-    num_heads=2,
-    num_kv_heads=2,
-    head_dim=8,
-    mlp_dim=32,
-    max_length=LENGTH,
-)
-_GEMMA = dict(
-    tie_embeddings=True,
-    norm_offset=True,
-    post_norms=True,
-    scale_embedding=True,
-    qk_norm=True,
-    activation="gelu_tanh",
-    sliding_window=5,
-    window_pattern=("local", "global"),
-    local_rope_theta=100.0,
-    attention_softcap=20.0,
-    final_softcap=10.0,
-)
-_GPT2 = dict(
-    tie_embeddings=True,
-    position_embedding="learned",
-    norm="layer",
-    gated_mlp=False,
-    activation="gelu_tanh",
-    qkv_bias=True,
-    out_bias=True,
-    mlp_bias=True,
-)
+_SMALL = {
+    "vocab_size": 64,
+    "num_layers": 2,
+    "embed_dim": 16,
+    "num_heads": 2,
+    "num_kv_heads": 2,
+    "head_dim": 8,
+    "mlp_dim": 32,
+    "max_length": LENGTH,
+}
+_GEMMA = {
+    "tie_embeddings": True,
+    "norm_offset": True,
+    "post_norms": True,
+    "scale_embedding": True,
+    "qk_norm": True,
+    "activation": "gelu_tanh",
+    "sliding_window": 5,
+    "window_pattern": ("local", "global"),
+    "local_rope_theta": 100.0,
+    "attention_softcap": 20.0,
+    "final_softcap": 10.0,
+}
+_GPT2 = {
+    "tie_embeddings": True,
+    "position_embedding": "learned",
+    "norm": "layer",
+    "gated_mlp": False,
+    "activation": "gelu_tanh",
+    "qkv_bias": True,
+    "out_bias": True,
+    "mlp_bias": True,
+}
 MODELS = {
     "dense": TransformerConfig(**_SMALL),
     "tied": TransformerConfig(**_SMALL, tie_embeddings=True),

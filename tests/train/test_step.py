@@ -1,4 +1,4 @@
-"""The train step: what it divides by, what it leaves alone when something is not finite, and that cutting changes nothing."""
+"""The train step: its gradient, that cutting the batch changes nothing, and what a value that is not finite does."""
 
 import dataclasses
 import functools
@@ -68,7 +68,7 @@ def distance(got, expected):
 
 
 def plain_loss(model, config, params, batch):
-    """Sum of the objective over a batch ``[rows, length]``, as a textbook has it, without chunks or custom gradients."""
+    """Sum of the objective over a batch ``[rows, length]``, as a textbook has it: no chunks, no gradient of its own."""
     hidden, _, balance = model.apply(
         {"params": params}, batch["tokens"], SelfAttention(batch["segment_ids"], "reference"), batch["positions"]
     )

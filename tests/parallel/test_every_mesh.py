@@ -1,0 +1,127 @@
+"""The same loss, gradient and update however eight devices are arranged, and optimizer state cut as its parameters are."""
+
+import functools
+import itertools
+import math
+
+import jax
+import numpy as np
+import pytest
+from jax.tree_util import keystr
+from training_cases import MODELS, initial_params, ragged_batch
+
+from ml.models import Transformer, logical_axes
+from ml.optim import OPTIMIZERS, OptimizerConfig, ScheduleConfig, make_optimizer
+from ml.parallel import MeshConfig, Rules, make_mesh, place_batch
+from ml.train.config import TrainConfig
+from ml.train.state import init_state
+from ml.train.step import make_train_step
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+MESHES = {"8x1x1": (8, 1, 1), "2x4x1": (2, 4, 1), "2x2x2": (2, 2, 2)}
+ROWS, MICROBATCHES = 16, 2
+# Rate 1 without momentum: the first update is the gradient itself.
+GRADIENT = OptimizerConfig("sgd", 1.0, options={"momentum": 0.0})
+
+
+def optimizer(name):
+    if name == "gradient":
+        return GRADIENT
+    free = {"dadapt_adamw", "prodigy", "dog", "dowg", "mechanic_adamw", "cocob"}
+    # As in a real run: decay, and a clip that bites.
+    return OptimizerConfig(name, 1.0 if name in free else 0.02, weight_decay=0.1, clip_norm=0.5)
+
+
+def two_steps(model_name, optimizer_name, degrees):
+    """Starts from the same parameters on any mesh; returns both steps' updates and metrics, and the average."""
+    model, config = MODELS[model_name], optimizer(optimizer_name)
+    rules = Rules(make_mesh(MeshConfig(*degrees), jax.devices()[: math.prod(degrees)]))
+    train = TrainConfig(steps=4, batch_size=ROWS, microbatches=MICROBATCHES, z_loss=0.01, ema=0.9, loss_chunk=10)
+    axes, start = logical_axes(model), initial_params(model)
+    tx, rate = make_optimizer(config, ScheduleConfig(kind="constant"), total_steps=4, batch_size=ROWS, axes=axes)
+    transformer = Transformer(model, place=rules.spec)
+    with jax.set_mesh(rules.mesh):
+        params = jax.device_put(start, rules.shardings(axes, start))
+        state = init_state(transformer, tx, rules, seed=0, ema=True, params=params)
+        copies = check_shardings(state, rules, axes)
+        step = jax.jit(make_train_step(transformer, tx, rate, train))
+        seen, metrics = [jax.device_get(state.params)], []
+        for seed in range(2):
+            state, scalars = step(state, place_batch(ragged_batch(ROWS, seed=seed), rules, MICROBATCHES))
+            assert check_shardings(state, rules, axes) == copies
+            seen.append(jax.device_get(state.params))
+            metrics.append(jax.device_get(scalars))
+    updates = [jax.tree.map(np.subtract, after, before) for before, after in itertools.pairwise(seen)]
+    return updates, metrics, jax.device_get(state.ema), copies
+
+
+def check_shardings(state, rules, axes):
+    """Whatever in the state has a parameter's name and shape must lie as that parameter does, and not on every device.
+
+    Returns how many such arrays the optimizer keeps.
+    """
+    wanted = rules.shardings(axes, state.params)
+    params = jax.tree.leaves_with_path(state.params)
+    known = [(keystr(path), x.shape, place) for (path, x), place in zip(params, jax.tree.leaves(wanted), strict=True)]
+    found = dict.fromkeys(("params", "ema", "opt_state"), 0)
+    for part in found:
+        for path, x in jax.tree.leaves_with_path(getattr(state, part)):
+            for name, shape, place in known:
+                if keystr(path).endswith(name) and x.shape == shape:
+                    assert x.sharding.is_equivalent_to(place, x.ndim), f"{part}{keystr(path)}: {x.sharding}"
+                    found[part] += 1
+    assert found["params"] == found["ema"] == len(known)
+    return found["opt_state"] / len(known)
+
+
+@functools.cache
+def on_one_device(model_name, optimizer_name):
+    return two_steps(model_name, optimizer_name, (1, 1, 1))
+
+
+def distance(got, expected):
+    """Length of the difference as a share of the update's, leaf by leaf; tiny leaves are measured by the largest one."""
+    largest = max(np.linalg.norm(x) / x.size**0.5 for x in jax.tree.leaves(expected))
+
+    def of(a, b):
+        return np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-3 * largest * b.size**0.5)
+
+    return max(jax.tree.leaves(jax.tree.map(of, got, expected)))
+
+
+def check(model_name, optimizer_name, mesh, tolerance):
+    updates, metrics, average, copies = two_steps(model_name, optimizer_name, MESHES[mesh])
+    expected, expected_metrics, expected_average, same_copies = on_one_device(model_name, optimizer_name)
+    assert copies == same_copies
+    for got, wanted in zip(metrics, expected_metrics, strict=True):
+        for name in ("loss", "objective", "balance", "gradient_norm", "parameter_norm", "tokens", "skipped"):
+            np.testing.assert_allclose(got[name], wanted[name], rtol=1e-4, err_msg=name)
+    for got, wanted in zip(updates, expected, strict=True):
+        assert distance(got, wanted) < tolerance
+    assert distance(average, expected_average) < tolerance
+    return copies
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("model", ["moe", "gemma", "gpt2"])
+def test_every_model_has_the_same_gradient_on_every_mesh(model, mesh):
+    check(model, "gradient", mesh, 1e-4)
+
+
+# How many arrays of each parameter's shape the state holds at least; Adafactor factors them away.
+_COPIES = {"lamb": 2, "adamw": 2, "sgd": 1, "muon": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh"),
+    [("lamb", "8x1x1"), ("lamb", "2x4x1"), ("lamb", "2x2x2"), ("muon", "2x2x2"), ("adafactor", "2x2x2")],
+)
+def test_the_same_update_on_every_mesh(name, mesh):
+    assert check("dense", name, mesh, 1e-3) >= _COPIES.get(name, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_makes_the_same_update_on_every_mesh(name, mesh):
+    assert check("tied", name, mesh, 1e-3) >= _COPIES.get(name, 0)
