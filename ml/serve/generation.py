@@ -174,7 +174,8 @@ def _prefill(
 ) -> tuple[KVCache, _Rows]:
     """Runs the prompts and draws the first token of each row."""
     cache = KVCache.zeros(model.config, len(tokens), page_size, model.dtype)
-    hidden, cache, _ = model.apply({"params": params}, tokens, PrefillAttention(), None, cache)
+    out: Any = model.apply({"params": params}, tokens, PrefillAttention(), None, cache)
+    hidden, cache, _ = out
     last = jnp.take_along_axis(hidden, (batch.lengths - 1)[:, None, None], axis=1)
     nothing_drawn = jnp.zeros_like(batch.lengths)
     rows = _Rows(jnp.full_like(batch.lengths, _NOTHING), nothing_drawn, batch.max_tokens == 0)
@@ -196,7 +197,8 @@ def _decode(
         # A finished row goes on at its last place, so that shapes stay; nobody reads what it writes there.
         positions = (batch.lengths + rows.drawn - 1)[:, None]
         tokens = jnp.maximum(rows.tokens, 0)[:, None]
-        hidden, cache, _ = model.apply({"params": params}, tokens, DecodeAttention(positions), positions, cache)
+        out: Any = model.apply({"params": params}, tokens, DecodeAttention(positions), positions, cache)
+        hidden, cache, _ = out
         rows = _draw(model, params, hidden, rows, batch)
         return step + 1, cache, rows, chunk.at[:, step].set(rows.tokens)
 
