@@ -57,15 +57,16 @@ class Result:
 def train(config: ExperimentConfig, path: str | os.PathLike[str]) -> Result:
     """Trains in the work directory ``path``, going on from its newest whole checkpoint if there is one.
 
-    The host runs one step ahead of the device: while a step computes, the next batch is placed, and the scalars that are
-    read are those of the step before.
+    The host runs one step ahead of the device: while a step computes, the next batch is placed, and the scalars that
+    are read are those of the step before.
 
     Raises:
       UserError: bad configuration or data, a work directory of another run, a full disk, a loss that is not finite.
     """
     workdir = Workdir(path)
-    changes = workdir.claim(config)
+    changes = workdir.check(config)
     parts = make_parts(config, workdir)
+    workdir.claim(config)
     mesh, steps = parts.rules.mesh, config.train.steps
     peak = peak_flops(mesh.devices.flat[0].device_kind, parts.model.dtype)
     peak = peak and peak * mesh.size
@@ -119,7 +120,8 @@ def train(config: ExperimentConfig, path: str | os.PathLike[str]) -> Result:
                     checkpointer.save(step, state, data_state, force=last)
                     recorder.plot()
                     recorder.display.pause()
-                    evaluating += time.monotonic() - pause
+                    if started is not None:
+                        evaluating += time.monotonic() - pause
                 if last:
                     break
             if started is not None:

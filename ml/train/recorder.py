@@ -63,9 +63,7 @@ class Recorder:
             purge = first + 1 if first else None
             self._events = self._stack.enter_context(TensorBoardWriter(self._workdir.tensorboard, purge_step=purge))
         self.display = self._stack.enter_context(
-            ProgressDisplay(
-                steps, first_step=first, peak_flops=self._peak_flops, flops_per_token=self._flops_per_token
-            )
+            ProgressDisplay(steps, first_step=first, peak_flops=self._peak_flops, flops_per_token=self._flops_per_token)
         )
         return self
 
@@ -116,6 +114,6 @@ class Recorder:
         path = Path(self._workdir.path) / f"nonfinite_step_{pending.step}.npz"
         np.savez_compressed(path, **pending.batch)
         raise UserError(
-            f"{what}: not finite; its batch is in {path}; lower config.optimizer.learning_rate, set "
-            "config.optimizer.clip_norm, or go on with config.train.nonfinite=skip"
+            f"{what}: not finite; its batch is in {path}; go on with --config.train.nonfinite=skip, or begin in "
+            "another --workdir with a lower config.optimizer.learning_rate or with config.optimizer.clip_norm"
         )

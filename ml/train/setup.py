@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from ml.checkpoint import Checkpointer
-from ml.checkpoint.pretrained import load_model
+from ml.checkpoint.pretrained import load_model, load_model_config
 from ml.config import to_dict
 from ml.data import HeldoutBatches, Loader, Prepared, check_vocab, heldout_batches, make_loader, prepare
 from ml.errors import UserError
@@ -54,7 +54,8 @@ def make_parts(config: ExperimentConfig, workdir: Workdir) -> Parts:
     if train.batch_size % (train.microbatches * rules.batch_shards):
         raise UserError(
             f"config.train.batch_size={train.batch_size} is not a multiple of microbatches={train.microbatches} x "
-            f"{rules.batch_shards} batch shards of the mesh; use a multiple of {train.microbatches * rules.batch_shards}"
+            f"{rules.batch_shards} batch shards of the mesh; "
+            f"use a multiple of {train.microbatches * rules.batch_shards}"
         )
     prepared = prepare(config.data, workdir.path, where="config.data")
     check_vocab(prepared.tokenizer, config.model.vocab_size)
@@ -123,16 +124,15 @@ def _pretrained(parts: Parts) -> Any:
     source, config = parts.config.train.init_from, parts.config
     if not config.data.tokenizer.path:
         raise UserError(f"config.train.init_from={source} needs its own tokenizer: set config.data.tokenizer.path too")
+    _check_same_model(load_model_config(source), config.model, source)
     shapes = jax.eval_shape(lambda: init_params(parts.model, jax.random.key(0)))
     shardings = parts.rules.shardings(logical_axes(config.model), shapes)
     by_path = {_join(keys): leaf for keys, leaf in jax.tree.leaves_with_path(shardings)}
-    found, params, _ = load_model(source, dtype=jnp.float32, sharding=by_path.__getitem__)
-    _check_same_model(found, config.model, source)
-    return params
+    return load_model(source, dtype=jnp.float32, sharding=by_path.__getitem__)[1]
 
 
 def _check_same_model(found: TransformerConfig, wanted: TransformerConfig, source: str) -> None:
-    harmless = {"max_length", "init_stddev"}
+    harmless = {"init_stddev"} if wanted.position_embedding == "learned" else {"init_stddev", "max_length"}
     left, right = to_dict(found), to_dict(wanted)
     for name in left:
         if left[name] != right[name] and name not in harmless:

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ml.config import to_dict
+from ml.config import build, to_dict
 from ml.errors import UserError
 from ml.train.config import ExperimentConfig
 
-# What may change when a run is resumed: how fast, how often and how long, but neither the model nor what it has learned from.
+# What may change when a run is resumed: how fast, how often and how long; neither the model nor what it learned from.
 _MAY_CHANGE = (
     "train.steps",
     "train.microbatches",
@@ -32,6 +32,8 @@ class Workdir:
     """Paths of a run's files."""
 
     def __init__(self, path: str | os.PathLike[str]):
+        if "://" in os.fspath(path):
+            raise UserError(f"--workdir={path}: a run's folder must lie in a file system; mount the bucket as one")
         self.path = Path(path).expanduser().absolute()
         self.experiment = self.path / "experiment.json"
         self.tokenizer = self.path / "tokenizer.json"
@@ -40,8 +42,10 @@ class Workdir:
         self.tensorboard = self.path / "tensorboard"
         self.loss_plot = self.path / "loss.png"
 
-    def claim(self, config: ExperimentConfig) -> list[str]:
-        """Makes the folder this experiment's, or finds that it is.
+    def check(self, config: ExperimentConfig) -> list[str]:
+        """Finds out whether this experiment may run here; writes nothing.
+
+        A folder without checkpoints, such as a mistyped first start leaves, belongs to no experiment yet.
 
         Returns:
           The changes since the last start, as text, of settings that may change between starts.
@@ -49,30 +53,57 @@ class Workdir:
         Raises:
           UserError: the folder holds another experiment (names the first difference), or cannot be written.
         """
-        new = to_dict(config)
-        changes = []
-        if self.experiment.is_file():
-            try:
-                old = json.loads(self.experiment.read_text())
-            except json.JSONDecodeError as error:
-                raise UserError(f"{self.experiment}:{error.lineno}: malformed JSON; use another --workdir") from None
-            for key, before, after in _differences(old, json.loads(json.dumps(new))):
-                if not any(key == allowed or key.startswith(f"{allowed}.") for allowed in _MAY_CHANGE):
-                    raise UserError(
-                        f"--workdir={self.path} holds a run with config.{key}={before}, but now it is {after}; "
-                        "use another --workdir, or restore the value"
-                    )
-                changes.append(f"config.{key}: {before} -> {after}")
-        elif self.path.is_dir() and any(self.checkpoints.glob("[0-9]*")):
+        self._check_writable()
+        if not any(self.checkpoints.glob("[0-9]*")):
+            return []
+        if not self.experiment.is_file():
             raise UserError(f"--workdir={self.path} holds checkpoints of an unknown run; use another --workdir")
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            partial = self.experiment.with_suffix(".tmp")
-            partial.write_text(json.dumps(new, indent=2) + "\n")
-            os.replace(partial, self.experiment)
-        except (PermissionError, NotADirectoryError, FileExistsError) as error:
-            raise UserError(f"--workdir={self.path} cannot be written: {error.strerror}; choose another folder") from None
+        changes = []
+        for key, before, after in _differences(self._read_experiment(), json.loads(json.dumps(to_dict(config)))):
+            if not any(key == allowed or key.startswith(f"{allowed}.") for allowed in _MAY_CHANGE):
+                raise UserError(
+                    f"--workdir={self.path} holds a run with config.{key}={before}, but now it is {after}; "
+                    "use another --workdir, or restore the value"
+                )
+            changes.append(f"config.{key}: {before} -> {after}")
         return changes
+
+    def claim(self, config: ExperimentConfig) -> None:
+        """Makes the folder this experiment's.
+
+        Raises:
+          OSError: it cannot be written.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        partial = self.experiment.with_name(f".{self.experiment.name}.{os.getpid()}")
+        try:
+            partial.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+            os.replace(partial, self.experiment)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
+
+    def _check_writable(self) -> None:
+        there = next(folder for folder in (self.path, *self.path.parents) if folder.exists())
+        problem = "it is a file" if not there.is_dir() else None if os.access(there, os.W_OK) else "no permission"
+        if problem:
+            raise UserError(f"--workdir={self.path} cannot be written ({there}: {problem}); choose another folder")
+
+    def _read_experiment(self) -> dict[str, Any]:
+        """The experiment as it was; keys that are younger than the file stand at their defaults."""
+        mend = "restore the file, or use another --workdir"
+        try:
+            values = json.loads(self.experiment.read_text())
+        except json.JSONDecodeError as error:
+            raise UserError(f"{self.experiment}:{error.lineno}: malformed JSON; {mend}") from None
+        except UnicodeDecodeError:
+            raise UserError(f"{self.experiment}: not a text file; {mend}") from None
+        if not isinstance(values, dict) or not values.keys() > {"model", "data", "optimizer"}:
+            raise UserError(
+                f"{self.experiment} is of no training run; use another --workdir (to start from a model that lies "
+                "there, name it in config.train.init_from)"
+            )
+        return json.loads(json.dumps(to_dict(build(ExperimentConfig, values, f"{self.experiment}: config"))))
 
 
 def _differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
