@@ -5,16 +5,21 @@ As a program it reads one JSON request a line and answers each with one line. A 
 differs from ``python scripts/NAME.py``; its process id is known, so that tests can send it signals.
 """
 
+import atexit
 import contextlib
+import functools
 import json
 import os
 import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -22,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 class Run:
     """A running or finished script."""
 
-    def __init__(self, server: "Scripts", pid: int, stdout: Path, stderr: Path):
+    def __init__(self, server: "_Server", pid: int, stdout: Path, stderr: Path):
         self._server, self.pid, self._stdout, self._stderr = server, pid, stdout, stderr
         self.returncode: int | None = None
 
@@ -34,13 +39,18 @@ class Run:
 
     def kill(self, number: signal.Signals = signal.SIGKILL) -> "Run":
         """Sends a signal and waits for the end."""
-        os.kill(self.pid, number)
+        if not self.ended:
+            os.kill(self.pid, number)
         return self.wait()
 
-    def wait_until(self, condition) -> None:
-        """Waits until ``condition()`` or until the process ends."""
-        while not condition() and not self._server.ask({"ended": self.pid})["ended"]:
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Waits until ``condition()`` or until the process has ended."""
+        while not condition() and not self.ended:
             time.sleep(0.01)
+
+    @property
+    def ended(self) -> bool:
+        return self._server.ask({"ended": self.pid})["ended"]
 
     @property
     def stdout(self) -> str:
@@ -51,46 +61,66 @@ class Run:
         return self._stderr.read_text()
 
 
-class Scripts:
-    """Starts scripts; a context manager."""
+def start(script: str, *arguments: object, before: str = "") -> Run:
+    """Starts ``scripts/NAME ARGUMENTS``; ``before`` is Python that runs in its process first."""
+    return _server().start([f"scripts/{script}", *map(str, arguments)], before)
 
-    def __init__(self, folder: Path):
-        self._folder, self._count = folder, 0
-        environment = os.environ | {"XLA_FLAGS": "", "TOKENIZERS_PARALLELISM": "false"}
-        command = [sys.executable, __file__]
+
+def run(script: str, *arguments: object, before: str = "") -> Run:
+    """Starts and waits for the end."""
+    return start(script, *arguments, before=before).wait()
+
+
+def error_of(run: Run) -> str:
+    """The one line that a script leaves for its user's mistake, wherever its log may have got to before."""
+    lines = run.stderr.splitlines()
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert run.returncode == 2 and len(errors) == 1 and lines[-1] == errors[0], (run.returncode, run.stderr)
+    assert "Traceback" not in run.stderr and not run.stdout, run.stderr
+    return errors[0]
+
+
+class _Server:
+    """The process that imports and forks."""
+
+    def __init__(self) -> None:
+        self._folder, self._count = tempfile.TemporaryDirectory(), 0
+        environment = os.environ | {"XLA_FLAGS": ""}  # one device
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            cwd=ROOT,
         )
+        atexit.register(self._close)
 
-    def __enter__(self) -> "Scripts":
-        return self
+    def start(self, argv: list[str], before: str) -> Run:
+        self._count += 1
+        stdout, stderr = (Path(self._folder.name, f"{self._count}.{name}") for name in ("stdout", "stderr"))
+        answer = self.ask({"argv": argv, "stdout": str(stdout), "stderr": str(stderr), "before": before})
+        return Run(self, answer["pid"], stdout, stderr)
 
-    def __exit__(self, *exception: object) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
-
-    def ask(self, request: dict) -> dict:
-        """One request to the server."""
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
 
-    def start(self, script: str, *arguments: object, before: str = "") -> Run:
-        """Starts ``scripts/NAME.py ARGUMENTS``; ``before`` is Python that runs in its process first."""
-        self._count += 1
-        stdout, stderr = (self._folder / f"{self._count}.{name}" for name in ("stdout", "stderr"))
-        argv = [f"scripts/{script}", *map(str, arguments)]
-        answer = self.ask({"argv": argv, "stdout": str(stdout), "stderr": str(stderr), "before": before})
-        return Run(self, answer["pid"], stdout, stderr)
-
-    def run(self, script: str, *arguments: object, before: str = "") -> Run:
-        """Starts and waits."""
-        return self.start(script, *arguments, before=before).wait()
+    def _close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+        self._folder.cleanup()
 
 
-def _fork(request: dict) -> int:
+@functools.cache
+def _server() -> _Server:
+    return _Server()
+
+
+def _fork(request: dict[str, Any]) -> int:
     child = os.fork()
     if child:
         return child
@@ -116,6 +146,8 @@ def _fork(request: dict) -> int:
 
 
 def _serve() -> None:
+    import matplotlib.backends.backend_agg  # noqa: F401
+
     import ml.train.loop
     import ml.train.summary  # noqa: F401
 

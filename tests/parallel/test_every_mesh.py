@@ -1,4 +1,4 @@
-"""The same loss, gradient and update however eight devices are arranged, and optimizer state cut as its parameters are."""
+"""The same loss, gradient and update however eight devices are arranged; state is cut as its parameters are."""
 
 import functools
 import itertools
@@ -80,7 +80,7 @@ def on_one_device(model_name, optimizer_name):
 
 
 def distance(got, expected):
-    """Length of the difference as a share of the update's, leaf by leaf; tiny leaves are measured by the largest one."""
+    """Length of the difference as a share of the update's, leaf by leaf; tiny leaves are measured by the largest."""
     largest = max(np.linalg.norm(x) / x.size**0.5 for x in jax.tree.leaves(expected))
 
     def of(a, b):
