@@ -4,9 +4,12 @@ import json
 import math
 import tempfile
 from pathlib import Path
+from typing import Literal
 
 import app
 from absl import flags
+
+from ml.data.config import DataConfig, SourceConfig, SourceKind, TokenizerConfig
 
 _USAGE = """
 Measures a model on text: nats per token, perplexity, bits per byte (one JSON object on stdout).
@@ -15,7 +18,12 @@ Measures a model on text: nats per token, perplexity, bits per byte (one JSON ob
   python scripts/evaluate.py --model=Qwen3-0.6B --text='books/*.txt'      # on any text, JSONL or Parquet
 """
 
-_KINDS = {".jsonl": "jsonl", ".parquet": "parquet", ".array_record": "array_record", ".py": "python_source"}
+_KINDS: dict[str, SourceKind] = {
+    ".jsonl": "jsonl",
+    ".parquet": "parquet",
+    ".array_record": "array_record",
+    ".py": "python_source",
+}
 
 if __name__ == "__main__":
     flags.DEFINE_string("model", None, "work directory of a training run, or Hugging Face folder with its tokenizer")
@@ -32,7 +40,7 @@ def main() -> None:
     import jax.numpy as jnp
 
     from ml.checkpoint.pretrained import load_model
-    from ml.data import DataConfig, SourceConfig, TokenizerConfig, check_vocab, heldout_batches, prepare
+    from ml.data import check_vocab, heldout_batches, prepare
     from ml.errors import UserError
     from ml.models import Transformer
     from ml.parallel import MeshConfig, Rules, make_mesh
@@ -53,7 +61,7 @@ def main() -> None:
         length = args.sequence_length or (own and own.sequence_length) or min(config.max_length, 2048)
         source = SourceConfig(kind=kind, path=args.text, text_field=args.text_field)
         data = DataConfig((source,), TokenizerConfig(path=str(tokenizer_path)), length, heldout_fraction=0.0)
-        side = "train"
+        side: Literal["train", "heldout"] = "train"
     elif own is None:
         raise UserError(f"--text is missing; --model={folder} is no training run with held-out text of its own")
     else:
@@ -89,7 +97,6 @@ def main() -> None:
 def _own_data(folder: Path):
     """The data of the run that ``folder`` is, or ``None``."""
     from ml.config import build
-    from ml.data import DataConfig
 
     experiment = folder / "experiment.json"
     if not experiment.is_file():

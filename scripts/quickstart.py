@@ -49,8 +49,8 @@ def write_samples(workdir: Path, max_tokens: int = 96) -> list[str]:
     from ml.data import Tokenizer
     from ml.serve import Generator, SamplingParams
 
-    config, params, tokenizer_path = load_model(workdir)
-    tokenizer = Tokenizer.load(tokenizer_path)
+    config, params, _ = load_model(workdir)
+    tokenizer = Tokenizer.load(workdir)
     prompts = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in _PROMPTS]
     sampling = SamplingParams(max_tokens=max_tokens, temperature=0.7, top_p=0.9, seed=0)
     completions = Generator(config, params, stop_ids=[tokenizer.eos_id]).generate(prompts, sampling)

@@ -5,7 +5,7 @@ Command:  python scripts/train.py --config=configs/lm/llama3_8b.py --workdir=run
               --config.data.tokenizer.path=.../tokenizer.json
 Hardware: 64 devices of 80 GB or more (parameters and LAMB state: 12 bytes x 8.0e9 = 96 GB, cut 64 ways).
 Time:     not measured.
-Expect:   not measured; `tests/configs/test_lm.py` checks that the architecture has Llama 3.1 8B's 8,030,261,248 parameters.
+Expect:   not measured; `tests/configs/test_lm.py` checks that the architecture has the 8,030,261,248 parameters.
 """
 
 from ml_collections import ConfigDict

@@ -43,6 +43,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.train.steps = 200
     config.train.batch_size = 32  # 8,192 tokens
     config.train.microbatches = 4
+    config.train.loss_chunk = 128
     config.eval.every = 50
     config.eval.batches = 8
     config.checkpoint.every = 50

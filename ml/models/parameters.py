@@ -64,7 +64,7 @@ def weight(module: nn.Module, name: str, initializer: Callable, shape: tuple[int
             return LogicalAxes(initializer(key, shape, jnp.float32), axes)
 
         return module.param(name, boxed)
-    value = module.get_variable("params", name)
+    value: Any = module.get_variable("params", name)
     if value is None:
         raise UserError(f"params lack {'/'.join((*module.path, name))}; is this checkpoint of another architecture?")
     return value

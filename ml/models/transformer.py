@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from ml.models import rope
 from ml.models.attention import AttentionLayer, AttentionStrategy, SelfAttention
-from ml.models.config import TransformerConfig
+from ml.models.config import RopeConfig, TransformerConfig
 from ml.models.layers import MLP, Attention, Projection, block_norm
 from ml.models.moe import MoE
 from ml.models.parameters import LogicalAxes, Placement, unplaced, weight
@@ -212,8 +212,7 @@ def _rotations(config: TransformerConfig, positions: jax.Array) -> tuple[tuple[j
     """Rotary cosine and sine: none, one for all layers, or (global, local)."""
     if config.position_embedding != "rope":
         return ()
-    rotations = (rope.rotation(positions, config.rope, config.head_dim),)
-    if config.local_rope_theta is not None:
-        local = type(config.rope)(theta=config.local_rope_theta)
-        rotations += (rope.rotation(positions, local, config.head_dim),)
-    return rotations
+    every = rope.rotation(positions, config.rope, config.head_dim)
+    if config.local_rope_theta is None:
+        return (every,)
+    return every, rope.rotation(positions, RopeConfig(theta=config.local_rope_theta), config.head_dim)

@@ -11,8 +11,8 @@ from jaxtyping import PyTree
 
 from ml.errors import UserError
 
-# A logical axis goes to these mesh axes. Parameters are cut along `embed` (ZeRO-3) and along heads, MLP width and vocabulary
-# (tensor parallelism); activations keep their `embed` axis whole, so they name it None.
+# A logical axis goes to these mesh axes. Parameters are cut along `embed` (ZeRO-3) and along heads, MLP width and
+# vocabulary (tensor parallelism); activations keep their `embed` axis whole, so they name it None.
 DEFAULT_RULES: Mapping[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "length": (),
@@ -75,8 +75,8 @@ class Rules:
                 for mesh_axis in self.table[name]:
                     if size % self.mesh.shape[mesh_axis]:
                         raise UserError(
-                            f"config.mesh.{mesh_axis}={self.mesh.shape[mesh_axis]} does not divide the model's {name} axis "
-                            f"of {size}; choose a divisor of {size}"
+                            f"config.mesh.{mesh_axis}={self.mesh.shape[mesh_axis]} does not divide the model's {name} "
+                            f"axis of {size}; choose a divisor of {size}"
                         )
             return self.sharding(*names)
 
@@ -91,7 +91,7 @@ class Rules:
 def place_batch(batch: Mapping[str, np.ndarray], rules: Rules, microbatches: int) -> dict[str, jax.Array]:
     """Puts this process's rows of a batch on the mesh as global arrays ``[microbatches, rows, length]``.
 
-    Rows are dealt so that each microbatch holds an equal share of every device's rows: no row ever moves between devices.
+    Each process cuts its own rows into microbatches, so no row ever moves between processes.
     """
     sharding = rules.sharding(None, "batch", "length")
 

@@ -21,14 +21,15 @@ class TrainConfig:
       batch_size: global batch, in sequences.
       microbatches: parts of the batch that are computed one after another and summed; divides ``batch_size``.
       dtype: of activations; ``auto``: bfloat16 on accelerators, float32 on CPU. Parameters are always float32.
-      remat: what the backward pass keeps of a layer (`ml.models.REMAT_POLICIES`): ``none`` keeps everything, ``full``
-        only the layer's input.
+      remat: what the backward pass keeps of a layer (`ml.models.REMAT_POLICIES`): ``none`` keeps everything,
+        ``dots_no_batch`` the products with weights (attention and elementwise work is done again), ``full`` only the
+        layer's input.
       attention: implementation of training attention (`pallas_kernels.flash_attention`).
       loss_chunk: tokens of a row whose logits exist at one time; 0: all.
       z_loss: weight of ``log(Z)^2``, which keeps the softmax normalizer near one (PaLM, section 5).
       ema: decay of an exponential moving average of the parameters, used for evaluation; 0: none is kept.
-      nonfinite: what a NaN or infinity in loss or gradients does: ``skip`` drops and counts the step, ``stop`` ends the run,
-        with the batch saved in the work directory.
+      nonfinite: what a NaN or infinity in loss or gradients does: ``skip`` drops and counts the step, ``stop`` ends the
+        run, with the batch saved in the work directory.
       log_every: steps between rows of ``metrics.jsonl``.
       init_from: work directory or Hugging Face folder whose parameters to start from; empty: random.
     """
@@ -37,7 +38,7 @@ class TrainConfig:
     batch_size: int = 256
     microbatches: int = 1
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    remat: Literal["none", "dots", "dots_no_batch", "full"] = "none"
+    remat: Literal["none", "dots", "dots_no_batch", "full"] = "dots_no_batch"
     attention: Implementation = "auto"
     loss_chunk: int = 0
     z_loss: float = 0.0

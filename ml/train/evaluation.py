@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -38,10 +38,8 @@ class HeldoutLoss:
         return self.nats / math.log(2) / text_bytes
 
 
-def make_evaluate(
-    model: Transformer, config: TrainConfig, rules: Rules
-) -> Callable[[Any, Iterable[Mapping[str, np.ndarray]], int | None], HeldoutLoss]:
-    """Returns ``(params, batches, limit) -> HeldoutLoss`` over the first ``limit`` batches (``None``: all)."""
+def make_evaluate(model: Transformer, config: TrainConfig, rules: Rules) -> Callable[..., HeldoutLoss]:
+    """Returns ``(params, batches, limit=None) -> HeldoutLoss`` over the first ``limit`` batches (``None``: all)."""
     loss = make_loss(model, dataclasses.replace(config, z_loss=0.0))
 
     @jax.jit

@@ -91,16 +91,16 @@ def train(config: ExperimentConfig, path: str | os.PathLike[str]) -> Result:
             if first:
                 recorder.display.log(f"going on from the checkpoint of step {first}")
             pending, started = None, None
-            step_fn = jax.jit(make_train_step(parts.model, parts.tx, parts.schedule, config.train), donate_argnums=0)
+            step_fn = make_train_step(parts.model, parts.tx, parts.schedule, config.train)
             for step in range(first + 1, steps + 1):
                 host_batch = next(parts.loader)
                 batch = place_batch(host_batch, parts.rules, config.train.microbatches)
                 if memory is None:
-                    step_fn = step_fn.lower(state, batch).compile()
-                    memory = memory_use(state, step_fn)
+                    compiled = jax.jit(step_fn, donate_argnums=0).lower(state, batch).compile()
+                    memory = memory_use(state, compiled)
                     recorder.display.log(f"memory: {memory}")
                 with jax.transfer_guard("disallow"):
-                    state, metrics = step_fn(state, batch)
+                    state, metrics = compiled(state, batch)
                 recorder.finish(pending)
                 if pending and started is None:  # the first step is warm-up
                     started, session_start = time.monotonic(), recorder.tokens

@@ -21,8 +21,8 @@ def chunked_loss(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Sums the loss over counted tokens, ``chunk`` positions at a time.
 
-    The gradient with respect to ``head`` and ``hidden`` is computed chunk by chunk in the forward pass, while the logits
-    exist, and only scaled in the backward pass: nothing is computed twice, and the largest array is
+    The gradient with respect to ``head`` and ``hidden`` is computed chunk by chunk in the forward pass, while the
+    logits exist, and only scaled in the backward pass: nothing is computed twice, and the largest array is
     ``[batch, chunk, vocab]``.
 
     Args:
@@ -35,8 +35,8 @@ def chunked_loss(
       chunk: positions at a time; 0: all.
 
     Returns:
-      The objective (cross-entropy plus z-loss) and the cross-entropy alone, both in nats and summed over tokens. Only the
-      objective has a gradient.
+      The objective (cross-entropy plus z-loss) and the cross-entropy alone, both in nats and summed over tokens. Only
+      the objective has a gradient.
     """
     parts = [_sum(logits_of(head, h), t, m, z_loss) for h, t, m in _chunks(hidden, targets, mask, chunk)]
     objective, cross_entropy = jax.tree.map(lambda *leaves: sum(leaves), *parts)

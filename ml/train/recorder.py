@@ -112,7 +112,7 @@ class Recorder:
             self.display.log(f"{what}: not finite, step skipped ({row['skipped']} so far)")
             return
         path = Path(self._workdir.path) / f"nonfinite_step_{pending.step}.npz"
-        np.savez_compressed(path, **pending.batch)
+        np.savez_compressed(path, **dict(pending.batch))  # type: ignore[arg-type]
         raise UserError(
             f"{what}: not finite; its batch is in {path}; go on with --config.train.nonfinite=skip, or begin in "
             "another --workdir with a lower config.optimizer.learning_rate or with config.optimizer.clip_norm"

@@ -25,11 +25,10 @@ def make_loss(model: Transformer, config: TrainConfig) -> Callable[[Any, Batch],
 
     def loss(params, batch):
         strategy = SelfAttention(batch["segment_ids"], config.attention)
-        hidden, _, balance = model.apply({"params": params}, batch["tokens"], strategy, batch["positions"])
+        outputs: Any = model.apply({"params": params}, batch["tokens"], strategy, batch["positions"])
+        hidden, _, balance = outputs
         head, mask = head_params(model.config, params), batch["loss_mask"]
-        objective, nll = chunked_loss(
-            logits_of, head, hidden, batch["targets"], mask, config.z_loss, config.loss_chunk
-        )
+        objective, nll = chunked_loss(logits_of, head, hidden, batch["targets"], mask, config.z_loss, config.loss_chunk)
         balance = balance * mask.sum()
         if moe is not None:
             objective = objective + moe.aux_loss_weight * balance
@@ -43,8 +42,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Returns the step ``(state, batch [microbatches, rows, length]) -> (state, metrics)``; jit it, donating the state.
 
-    The loss is divided by the number of counted tokens of the *whole* batch, so the update does not depend on how the batch is
-    cut. A step whose loss or gradient is not finite leaves the state as it was, but for two counters.
+    The loss is divided by the number of counted tokens of the *whole* batch, so the update does not depend on how the
+    batch is cut. A step whose loss or gradient is not finite leaves the state as it was, but for two counters.
     """
     grad_of = jax.value_and_grad(make_loss(model, config), has_aux=True)
 
@@ -60,7 +59,7 @@ def make_train_step(
         (grads, metrics), _ = jax.lax.scan(accumulate, zeros, batch)
         grads, metrics = jax.tree.map(lambda x: x / jnp.maximum(tokens, 1), (grads, metrics))
 
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics["objective"])
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -73,7 +72,7 @@ def make_train_step(
         metrics |= {
             "learning_rate": schedule(state.step - state.skipped),  # the optimizer has not counted skipped steps
             "gradient_norm": grad_norm,
-            "parameter_norm": optax.global_norm(params),
+            "parameter_norm": optax.tree.norm(params),
             "tokens": tokens,
             "skipped": state.skipped + ~finite,
         }

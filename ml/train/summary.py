@@ -22,7 +22,7 @@ def summarize(result: Result, **more: str) -> Report:
     speed = result.session_tokens / result.seconds if result.seconds else _last_speed(result)
     devices = jax.devices()
     return Report(
-        bits_per_byte=result.heldout and result.heldout.bits_per_byte(prepared.heldout_bytes),
+        bits_per_byte=result.heldout.bits_per_byte(prepared.heldout_bytes) if result.heldout else None,
         gzip_bits_per_byte=gzip_bits_per_byte(text) if compare else None,
         xz_bits_per_byte=xz_bits_per_byte(text) if compare else None,
         heldout_bytes=prepared.heldout_bytes,

@@ -35,7 +35,7 @@ def dot(spec: str, x: Float[Array, "..."], w: Any, *, out_sharding: PartitionSpe
     Raises:
       TypeError: no rule is registered for the type of ``w``.
     """
-    return jnp.einsum(spec, x, _array(w).astype(x.dtype), out_sharding=out_sharding)
+    return _separate_gradient(jnp.einsum(spec, x, _array(w).astype(x.dtype), out_sharding=out_sharding))
 
 
 @_dispatch_on_weight
@@ -63,6 +63,24 @@ def take(
 def materialize(w: Any) -> Float[Array, "..."]:
     """The dense array that a leaf stands for (for biases, norm scales and export)."""
     return _array(w)
+
+
+@jax.custom_vjp
+def _separate_gradient(y: jax.Array) -> jax.Array:
+    """The identity; on a CPU its gradient is computed in full before it is used.
+
+    Two products read the gradient of a product's result, one of them transposed. XLA's CPU compiler would otherwise
+    fuse whatever computes the gradient into the transposing copy, whose strided reads then make it much slower.
+    """
+    return y
+
+
+def _separate_backward(_: None, gradient: jax.Array) -> tuple[jax.Array]:
+    barrier = jax.lax.optimization_barrier
+    return (jax.lax.platform_dependent(gradient, cpu=barrier, default=lambda g: g),)
+
+
+_separate_gradient.defvjp(lambda y: (y, None), _separate_backward)
 
 
 def _array(w: Any) -> jax.Array:
