@@ -1,0 +1,118 @@
+"""What of a finished step reaches the metrics file, and what a step that was not finite leads to."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from training_cases import experiment, ragged_batch
+
+from ml.errors import UserError
+from ml.train.recorder import Pending, Recorder
+from ml.train.reporting import read_metrics
+from ml.train.workdir import Workdir
+
+
+@pytest.fixture
+def record(tmp_path):
+    """Makes a recorder for ``tmp_path``; keys are the experiment's, ``__`` for the dot."""
+
+    def make(first_step=0, tokens=0, skipped=0, **changes):
+        config = experiment(tmp_path / "no.jsonl", **changes)
+        known = {"flops_per_token": 10.0, "peak_flops": 1e6}
+        return Recorder(config, Workdir(tmp_path), first_step=first_step, tokens=tokens, skipped=skipped, **known)
+
+    return make
+
+
+def pending(step, loss=2.0, skipped=0, tokens=100):
+    names = ("balance", "objective", "learning_rate", "gradient_norm", "parameter_norm")
+    scalars = dict.fromkeys(names, 1.0) | {"loss": loss, "tokens": float(tokens)}
+    metrics = {name: jnp.float32(x) for name, x in scalars.items()} | {"skipped": jnp.int32(skipped)}
+    return Pending(step, metrics, ragged_batch(2, seed=step))
+
+
+def test_a_row_a_step(record, tmp_path):
+    with record(tokens=1000) as recorder:
+        recorder.finish(None)
+        recorder.finish(pending(1, loss=3.5))
+        recorder.finish(pending(2, tokens=50), {"eval_loss": 2.5})
+        assert recorder.tokens == 1150
+    first, second = read_metrics(tmp_path / "metrics.jsonl")
+    assert first == {
+        "step": 1,
+        "loss": 3.5,
+        "tokens": 100,
+        "tokens_seen": 1100,
+        "skipped": 0,
+        "learning_rate": 1.0,
+        "gradient_norm": 1.0,
+        "parameter_norm": 1.0,
+    }
+    assert second["tokens_seen"] == 1150 and second["eval_loss"] == 2.5
+    assert second["mfu"] == pytest.approx(second["tokens_per_second"] * 10 / 1e6)
+
+
+def test_rows_at_an_interval_and_always_where_the_run_stands(record, tmp_path):
+    with record(train__log_every=3, train__steps=8) as recorder:
+        for step in range(1, 9):
+            recorder.finish(pending(step), {"eval_loss": 1.0} if step == 4 else None)
+        assert recorder.tokens == 800
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [3, 4, 6, 8]
+
+
+def test_a_resumed_run_drops_the_rows_that_it_writes_again(record, tmp_path):
+    with record() as recorder:
+        for step in (1, 2, 3):
+            recorder.finish(pending(step))
+    with record(first_step=2, tokens=200) as recorder:
+        recorder.finish(pending(3, loss=9.0))
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(row["step"], row["loss"], row["tokens_seen"]) for row in rows] == [(1, 2, 100), (2, 2, 200), (3, 9, 300)]
+
+
+def test_the_balancing_loss_is_shown_of_mixtures_only(record, tmp_path):
+    with record(model__moe={"num_experts": 2, "top_k": 1, "mlp_dim": 8}) as recorder:
+        recorder.finish(pending(1))
+    assert read_metrics(tmp_path / "metrics.jsonl")[0]["balance"] == 1.0
+
+
+def test_stop_ends_the_run_and_keeps_the_batch(record, tmp_path):
+    bad = pending(2, loss=np.nan, skipped=3)
+    with record(skipped=2, train__nonfinite="stop") as recorder:
+        recorder.finish(pending(1, skipped=2))  # steps that an earlier start skipped are no news
+        with pytest.raises(UserError, match=r"^step 2: loss nan.*nonfinite_step_2.npz; go on with --config.train.non"):
+            recorder.finish(bad)
+    with np.load(tmp_path / "nonfinite_step_2.npz") as saved:
+        assert saved.keys() == bad.batch.keys()
+        for name, x in bad.batch.items():
+            np.testing.assert_array_equal(saved[name], x)
+    row = read_metrics(tmp_path / "metrics.jsonl")[-1]
+    assert np.isnan(row["loss"]) and row["skipped"] == 3
+
+
+def test_skip_says_so_and_goes_on(record, tmp_path, capsys):
+    with record(train__nonfinite="skip") as recorder:
+        recorder.finish(pending(1, loss=np.inf, skipped=1))
+        recorder.finish(pending(2, skipped=1))
+        recorder.finish(pending(3, skipped=2))
+    told = [line for line in capsys.readouterr().err.splitlines() if "not finite, step skipped" in line]
+    assert [line.split(":")[0] for line in told] == ["step 1", "step 3"] and told[1].endswith("(2 so far)")
+    assert [row["skipped"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 1, 2]
+    assert not list(tmp_path.glob("*.npz"))
+
+
+def test_only_the_first_process_writes(record, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    with record() as recorder:
+        recorder.finish(pending(1))
+        recorder.plot()
+        assert recorder.tokens == 100
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_curve_is_drawn_from_the_rows(record, tmp_path):
+    with record() as recorder:
+        recorder.finish(pending(1))
+        recorder.plot()
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert list((tmp_path / "tensorboard").iterdir())
