@@ -66,7 +66,6 @@ def train(config: ExperimentConfig, path: str | os.PathLike[str]) -> Result:
     workdir = Workdir(path)
     changes = workdir.check(config)
     parts = make_parts(config, workdir)
-    workdir.claim(config)
     mesh, steps = parts.rules.mesh, config.train.steps
     peak = peak_flops(mesh.devices.flat[0].device_kind, parts.model.dtype)
     peak = peak and peak * mesh.size
@@ -75,6 +74,7 @@ def train(config: ExperimentConfig, path: str | os.PathLike[str]) -> Result:
 
     with jax.set_mesh(mesh), Checkpointer(workdir.path, config.checkpoint) as checkpointer, Interrupt() as interrupt:
         state, tokens_before = make_state(parts, checkpointer)
+        workdir.claim(config)
         first = int(jax.device_get(state.step))
         recorder = Recorder(
             config,
@@ -126,11 +126,11 @@ def train(config: ExperimentConfig, path: str | os.PathLike[str]) -> Result:
                     break
             if started is not None:
                 seconds = time.monotonic() - started - evaluating
-            heldout = None
-            if interrupt.received is None and parts.prepared.heldout_rows:
-                recorder.display.log("evaluating on the whole held-out text")
-                heldout = parts.evaluate(parts.params_to_evaluate(state), parts.heldout)
-            checkpointer.wait()
+        heldout = None
+        if interrupt.received is None and parts.prepared.heldout_rows:
+            recorder.display.log("evaluating on the whole held-out text")
+            heldout = parts.evaluate(parts.params_to_evaluate(state), parts.heldout)
+        checkpointer.wait()
         parts.loader.close()
         done = int(jax.device_get(state.step))
 
