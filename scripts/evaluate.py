@@ -66,6 +66,8 @@ def main() -> None:
         raise UserError(f"--text is missing; --model={folder} is no training run with held-out text of its own")
     else:
         data, side = own, "heldout"
+    if side == "heldout" and not data.heldout_fraction:
+        raise UserError(f"--model={folder} is of a run that held nothing out; name a text with --text")
     if data.sequence_length > config.max_length:
         raise UserError(
             f"--sequence_length={data.sequence_length} is longer than the model's {config.max_length}; lower it"
