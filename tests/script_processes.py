@@ -61,12 +61,12 @@ class Run:
         return self._stderr.read_text()
 
 
-def start(script: str, *arguments: object, before: str = "") -> Run:
+def start(script: str | os.PathLike[str], *arguments: object, before: str = "") -> Run:
     """Starts ``scripts/NAME ARGUMENTS``; ``before`` is Python that runs in its process first."""
-    return _server().start([f"scripts/{script}", *map(str, arguments)], before)
+    return _server().start([os.path.join("scripts", script), *map(str, arguments)], before)
 
 
-def run(script: str, *arguments: object, before: str = "") -> Run:
+def run(script: str | os.PathLike[str], *arguments: object, before: str = "") -> Run:
     """Starts and waits for the end."""
     return start(script, *arguments, before=before).wait()
 
