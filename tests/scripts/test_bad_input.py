@@ -55,7 +55,7 @@ SETTINGS = {
     "no such optimizer": ("--config.optimizer.name=lamp", "no optimizer is called 'lamp'; did you mean 'lamb'?"),
     "unknown option": (
         "--config.optimizer.options.epsilon=0.5",
-        "optimizer.options.epsilon: no such key; did you mean 'eps'?",
+        "options.epsilon: no such key; did you mean 'eps'?",
     ),
     "out of range": ("--config.train.ema=1.5", "config.train: ema=1.5 must lie in [0, 1)"),
     "zero steps": ("--config.train.steps=0", "steps=0 must be at least 1"),
