@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+import absl.logging
 from absl import app, flags
 
 from ml.errors import UserError
@@ -19,6 +20,7 @@ def run(main: Callable[[], None], *, usage: str) -> None:
       usage: what ``--help`` prints above the flags: one sentence and an example.
     """
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.ERROR)
+    absl.logging.get_absl_handler().setFormatter(logging.Formatter("%(message)s"))
     app.run(lambda argv: _guard(main), flags_parser=lambda argv: _parse(argv, usage))
 
 

@@ -4,7 +4,7 @@ Command:  make quickstart, or
           python scripts/train.py --config=configs/lm/quickstart.py --workdir=runs/quickstart
 Hardware: any CPU; no network.
 Time:     about 3 minutes on 2 cores.
-Expect:   held-out bits per byte below those of `xz -9`.
+Expect:   held-out bits per byte well below those of `gzip -9`, and close to those of `xz -9`.
 """
 
 from ml_collections import ConfigDict
@@ -34,17 +34,17 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.sequence_length = 256
     config.data.heldout_fraction = 0.02
 
-    config.optimizer.learning_rate = 0.02
+    config.optimizer.learning_rate = 0.04
     config.optimizer.weight_decay = 0.01
     config.schedule.kind = "linear"
     config.schedule.warmup_fraction = 0.1
     config.schedule.end_factor = 0.02
 
-    config.train.steps = 200
-    config.train.batch_size = 32  # 8,192 tokens
+    config.train.steps = 300
+    config.train.batch_size = 16  # 4,096 tokens
     config.train.microbatches = 4
     config.train.loss_chunk = 128
-    config.eval.every = 50
+    config.eval.every = 75
     config.eval.batches = 8
-    config.checkpoint.every = 50
+    config.checkpoint.every = 75
     return config
