@@ -101,9 +101,19 @@ class Recorder:
         self._skipped = row["skipped"]
 
     def plot(self) -> None:
-        """Draws ``loss.png`` of all rows so far."""
-        if self._writes:
-            plot_loss(read_metrics(self._workdir.metrics), self._workdir.loss_plot, title=self._workdir.path.name)
+        """Draws ``loss.png`` of all rows so far.
+
+        Raises:
+          UserError: the disk is full, or the file cannot be written.
+        """
+        if not self._writes:
+            return
+        rows, path = read_metrics(self._workdir.metrics), self._workdir.loss_plot
+        try:
+            plot_loss(rows, path, title=self._workdir.path.name)
+        except OSError as error:
+            mend = "mend that (free some space?) and start again, the run resumes by itself"
+            raise UserError(f"{path}: cannot be written: {error.strerror}; {mend}") from error
 
     def _not_finite(self, pending: Pending, row: Mapping[str, float]) -> None:
         loss, norm = row["loss"], row["gradient_norm"]

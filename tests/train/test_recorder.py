@@ -116,3 +116,14 @@ def test_the_curve_is_drawn_from_the_rows(record, tmp_path):
         recorder.plot()
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_a_curve_that_cannot_be_written_is_named(record, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")  # as a write to an open file fails: without the file's name
+
+    monkeypatch.setattr("ml.train.recorder.plot_loss", full)
+    with record() as recorder:
+        recorder.finish(pending(1))
+        with pytest.raises(UserError, match=r"loss.png: cannot be written: No space left on device; .*free some space"):
+            recorder.plot()
