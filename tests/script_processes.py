@@ -71,7 +71,7 @@ def run(script: str | os.PathLike[str], *arguments: object, before: str = "") ->
     return start(script, *arguments, before=before).wait()
 
 
-def error_of(run: Run) -> str:
+def error_of(run: Run | subprocess.CompletedProcess[str]) -> str:
     """The one line that a script leaves for its user's mistake, wherever its log may have got to before."""
     lines = run.stderr.splitlines()
     errors = [line for line in lines if line.startswith("error: ")]

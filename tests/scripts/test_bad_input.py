@@ -1,10 +1,13 @@
 """Every mistake in a run's input ends in one line that names it and its mend, and leaves nothing half-written."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
-from script_processes import error_of, run
+from script_processes import ROOT, error_of, run
 from training_cases import write_config
 
 
@@ -111,6 +114,17 @@ def test_a_corpus(tmp_path, name):
     if name == "malformed":
         write_config(tmp_path)
         assert train(config, tmp_path / "w", "--config.train.steps=1").returncode == 0
+
+
+@pytest.mark.parametrize("name", ["unknown key", "mesh", "no such file"])
+def test_the_same_in_an_interpreter_of_its_own(config, tmp_path, name):
+    flag, message = SETTINGS[name]
+    flag = flag.replace("CORPUS", str(config.parent / "corpus.jsonl"))
+    command = [sys.executable, "scripts/train.py", f"--config={config}", f"--workdir={tmp_path / 'w'}", flag]
+    environment = os.environ | {"XLA_FLAGS": ""}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=600, check=False)
+    assert message in error_of(done)
+    assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "w").exists()
 
 
 def test_flags_that_are_missing(config, tmp_path):
