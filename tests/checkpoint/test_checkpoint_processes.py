@@ -42,7 +42,7 @@ def run_two(workdir):
 
 def test_two_processes_save_agree_on_what_is_whole_and_one_process_reads_it(tmp_path):
     outputs = run_two(tmp_path)
-    assert all(output.splitlines()[-1] == "latest=None restored=0" for output in outputs), outputs
+    assert all("latest=None restored=0" in output.splitlines() for output in outputs), outputs
     folder = tmp_path / "checkpoints"
     assert {path.name for path in folder.iterdir()} == {"2", "3", ".lock"}
     assert {path.name for path in (folder / "3").glob("manifest*")} == {"manifest.json", "manifest.1.json"}
@@ -51,7 +51,7 @@ def test_two_processes_save_agree_on_what_is_whole_and_one_process_reads_it(tmp_
     (theirs,) = (path for path in (folder / "3/state/ocdbt.process_1/d").iterdir())
     theirs.write_bytes(theirs.read_bytes()[:-1])
     outputs = run_two(tmp_path)
-    assert all(output.splitlines()[-1] == "latest=3 restored=2" for output in outputs), outputs
+    assert all("latest=3 restored=2" in output.splitlines() for output in outputs), outputs
     assert "checkpoints/3 is not whole" in outputs[0]
 
     abstract = {"w": jax.ShapeDtypeStruct((16, 4), jnp.float32), "step": jax.ShapeDtypeStruct((), jnp.int32)}
