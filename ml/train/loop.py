@@ -16,7 +16,7 @@ from ml.train.evaluation import HeldoutLoss
 from ml.train.interrupt import Interrupt
 from ml.train.memory import MemoryUse, memory_use
 from ml.train.recorder import Pending, Recorder
-from ml.train.setup import make_parts, make_state
+from ml.train.setup import make_parts, make_state, predicted_activations
 from ml.train.step import make_train_step
 from ml.train.workdir import Workdir
 
@@ -98,7 +98,8 @@ def train(config: ExperimentConfig, path: str | os.PathLike[str]) -> Result:
                 if memory is None:
                     compiled = jax.jit(step_fn, donate_argnums=0).lower(state, batch).compile()
                     memory = memory_use(state, compiled)
-                    recorder.display.log(f"memory: {memory}")
+                    formula = predicted_activations(parts) / 2**20
+                    recorder.display.log(f"memory: {memory} (activations by formula: {formula:,.0f})")
                 with jax.transfer_guard("disallow"):
                     state, metrics = compiled(state, batch)
                 recorder.finish(pending)
@@ -126,6 +127,8 @@ def train(config: ExperimentConfig, path: str | os.PathLike[str]) -> Result:
                     break
             if started is not None:
                 seconds = time.monotonic() - started - evaluating
+        if memory is not None:
+            memory = memory_use(state, compiled)  # now with the peak that the device measured
         heldout = None
         if interrupt.received is None and parts.prepared.heldout_rows:
             recorder.display.log("evaluating on the whole held-out text")

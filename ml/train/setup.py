@@ -14,6 +14,7 @@ from ml.config import to_dict
 from ml.data import HeldoutBatches, Loader, Prepared, check_vocab, heldout_batches, make_loader, prepare
 from ml.errors import UserError
 from ml.models import Transformer, TransformerConfig, init_params, logical_axes
+from ml.models.cost import activation_memory
 from ml.optim import eval_params, make_optimizer
 from ml.parallel import Rules, make_mesh
 from ml.train.config import ExperimentConfig
@@ -83,6 +84,21 @@ def make_parts(config: ExperimentConfig, workdir: Workdir) -> Parts:
         heldout=heldout_batches(prepared, global_batch_size=rows, **shard),
         evaluate=make_evaluate(model, train, rules),
     )
+
+
+def predicted_activations(parts: Parts) -> int:
+    """Bytes of activations on a device, by formula (`ml.models.cost`), known before anything is compiled."""
+    config, rows = parts.config, parts.config.train.batch_size // parts.config.train.microbatches
+    rows, length = rows // parts.rules.batch_shards, config.data.sequence_length
+    return activation_memory(
+        config.model,
+        batch=rows,
+        length=length,
+        remat=config.train.remat,
+        dtype=parts.model.dtype,
+        attention="kernel" if config.train.attention == "cudnn" else "xla",
+        logit_tokens=rows * (config.train.loss_chunk or length),
+    ).total
 
 
 def make_model(config: ExperimentConfig, rules: Rules) -> Transformer:

@@ -33,6 +33,7 @@ def summarize(result: Result, **more: str) -> Report:
         parameters=result.parameters,
         device=f"{len(devices)} x {devices[0].device_kind}",
         flops_utilization=speed * result.flops_per_token / result.peak_flops if result.peak_flops else None,
+        memory=str(result.memory) if result.memory else None,
         sample=more.pop("sample", None),
         files={
             "checkpoint": workdir.checkpoints / str(result.step),

@@ -30,6 +30,7 @@ class Report:
       parameters: number of trained parameters.
       device: such as ``8 x TPU v5p``.
       flops_utilization: model FLOPs utilization, in [0, 1]; ``None``: unknown.
+      memory: of a device, by category; ``None``: unknown.
       files: what lies where: label -> path, in the order to show.
       sample: a text that the model wrote.
     """
@@ -45,6 +46,7 @@ class Report:
     parameters: int
     device: str
     flops_utilization: float | None = None
+    memory: str | None = None
     files: Mapping[str, str | os.PathLike[str]] = dataclasses.field(default_factory=dict)
     sample: str | None = None
 
@@ -86,6 +88,8 @@ def print_report(report: Report, console: Console) -> None:
     }
     if report.flops_utilization is not None:
         figures["speed"] += f", {report.flops_utilization:.1%} of the device's peak FLOP/s"
+    if report.memory is not None:
+        figures["memory"] = report.memory
     # Not a table: it would cut or fold long paths.
     lines = figures | {label: os.fspath(path) for label, path in report.files.items()}
     width = max(map(len, lines))
