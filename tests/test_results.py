@@ -1,0 +1,16 @@
+"""Numbers in the README are the ones that a script measured and that lie in docs/results."""
+
+import json
+import pathlib
+import re
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def test_the_comparison_with_the_peer_is_the_committed_one():
+    results = json.loads((ROOT / "docs/results/bench_train.json").read_text())["results"]
+    rows = dict(re.findall(r"^\| (\d+M) \| (.*) \|$", (ROOT / "README.md").read_text(), flags=re.MULTILINE))
+    assert {name.lower() for name in rows} == set(results)
+    for name, cells in rows.items():
+        measured = results[name.lower()]
+        assert cells == f"{measured['speed_ratio']:.2f} | {measured['memory_ratio']:.2f}"
