@@ -44,7 +44,7 @@ def load_model(
     folder = Path(path).expanduser()
     config = load_model_config(folder)
     if (folder / _EXPERIMENT).is_file():
-        params = restore_params(folder, step, dtype=dtype, subtree=_subtree(folder / _EXPERIMENT))[1]
+        params = _params_to_evaluate(folder, step, dtype)
         if sharding is not None:
             params = jax.tree.map_with_path(lambda keys, leaf: jax.device_put(leaf, sharding(_join(keys))), params)
     else:
@@ -104,9 +104,27 @@ def _read_experiment(path: Path) -> TransformerConfig:
     return build(TransformerConfig, experiment["model"], f"{path}: model")
 
 
-def _subtree(experiment: Path) -> str:
-    """Where a run keeps the parameters it evaluates: their moving average, if it has one."""
-    return "ema" if json.loads(experiment.read_text()).get("train", {}).get("ema") else "params"
+def _params_to_evaluate(folder: Path, step: int | None, dtype: Any) -> dict[str, Any]:
+    """The parameters that the run itself evaluates: a moving average, schedule-free's average, or just ``params``."""
+    experiment = json.loads((folder / _EXPERIMENT).read_text(encoding="utf-8"))
+    if experiment.get("train", {}).get("ema"):
+        return restore_params(folder, step, dtype=dtype, subtree="ema")[1]
+    if not experiment.get("optimizer", {}).get("name", "").startswith("schedule_free"):
+        return restore_params(folder, step, dtype=dtype)[1]
+    step, params = restore_params(folder, step)
+    state = _schedule_free_state(restore_params(folder, step, subtree="opt_state")[1])
+    b1 = state["b1"]
+    average = jax.tree.map(lambda y, z: (y - (1 - b1) * z) / b1, params, state["z"])
+    return average if dtype is None else jax.tree.map(lambda x: x.astype(dtype), average)
+
+
+def _schedule_free_state(tree: Any) -> dict[str, Any]:
+    """The node of a restored optimizer state that holds schedule-free's iterate ``z`` (Defazio et al. 2024)."""
+    if not isinstance(tree, dict):
+        return {}
+    if {"z", "b1"} <= tree.keys():
+        return tree
+    return next(filter(None, map(_schedule_free_state, tree.values())), {})
 
 
 def _join(keys: tuple[Any, ...]) -> str:
