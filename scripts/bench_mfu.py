@@ -292,7 +292,7 @@ def measure(size: str, setting: Setting, steps: int, dtype: str) -> dict[str, An
     case = Case(size, setting, jax.devices(), dtype)
     with jax.set_mesh(case.rules.mesh):
         state = case.init()
-        batches = []
+        batches: list[dict[str, Any]] = []
         for seed in range(2):
             arrays = random_batch(case.model.config, setting, seed)
             batches.append(place_batch(arrays, case.rules, setting.microbatches))
