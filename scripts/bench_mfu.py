@@ -6,7 +6,7 @@ that does not fit costs nothing but itself and peak memory is its own. In it, fi
 is timed (many in one program), then the training: batches lie on the device, and the steps of a round are queued
 without waiting for one another.
 
-On one H200 (about 10 minutes, most of them compilation; the file is written anew after each setting):
+On one H200 (not timed yet; the file is written anew after each setting, so a run that is cut off keeps its results):
 
   PYTHONPATH=. python scripts/bench_mfu.py --steps=5 --output=docs/results/bench_mfu_h200.json
 

@@ -5,8 +5,8 @@ unnoticed. After Orbax is done, each process lists the files that it wrote with 
 list beside them by an atomic rename. A checkpoint is whole when the manifests of all its processes are there and agree
 with the files.
 
-Cost: what a process wrote is read once more, in the background and mostly from the page cache, about 1 s per GB and
-process; a verified restore reads everything twice.
+Cost: each process reads once more what it wrote, in the background and mostly from the page cache;
+a verified restore reads everything twice.
 """
 
 import concurrent.futures

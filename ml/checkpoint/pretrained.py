@@ -46,7 +46,7 @@ def load_model(
     if (folder / _EXPERIMENT).is_file():
         params = _params_to_evaluate(folder, step, dtype)
         if sharding is not None:
-            params = jax.tree.map_with_path(lambda keys, leaf: jax.device_put(leaf, sharding(_join(keys))), params)
+            params = jax.tree.map_with_path(lambda keys, leaf: jax.device_put(leaf, sharding(leaf_path(keys))), params)
     else:
         if step is not None:
             raise UserError(f"{folder}: a Hugging Face folder has no checkpoint steps; leave the step out")
@@ -127,5 +127,6 @@ def _schedule_free_state(tree: Any) -> dict[str, Any]:
     return next(filter(None, map(_schedule_free_state, tree.values())), {})
 
 
-def _join(keys: tuple[Any, ...]) -> str:
+def leaf_path(keys: tuple[Any, ...]) -> str:
+    """A leaf's name, such as ``layers/mlp/up/kernel``, from the keys that `jax.tree` gives."""
     return "/".join(str(getattr(key, "key", key)) for key in keys)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from ml.checkpoint import Checkpointer
-from ml.checkpoint.pretrained import load_model, load_model_config
+from ml.checkpoint.pretrained import leaf_path, load_model, load_model_config
 from ml.config import to_dict
 from ml.data import HeldoutBatches, Loader, Prepared, check_vocab, heldout_batches, make_loader, prepare
 from ml.errors import UserError
@@ -143,7 +143,7 @@ def _pretrained(parts: Parts) -> Any:
     _check_same_model(load_model_config(source), config.model, source)
     shapes = jax.eval_shape(lambda: init_params(parts.model, jax.random.key(0)))
     shardings = parts.rules.shardings(logical_axes(config.model), shapes)
-    by_path = {_join(keys): leaf for keys, leaf in jax.tree.leaves_with_path(shardings)}
+    by_path = {leaf_path(keys): leaf for keys, leaf in jax.tree.leaves_with_path(shardings)}
     return load_model(source, dtype=jnp.float32, sharding=by_path.__getitem__)[1]
 
 
@@ -156,7 +156,3 @@ def _check_same_model(found: TransformerConfig, wanted: TransformerConfig, sourc
                 f"config.train.init_from={source} has {name}={left[name]}, but config.model.{name}={right[name]}; "
                 "make them equal"
             )
-
-
-def _join(keys: tuple[Any, ...]) -> str:
-    return "/".join(str(getattr(key, "key", key)) for key in keys)

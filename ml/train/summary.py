@@ -5,7 +5,7 @@ import jax
 from ml.train.loop import Result
 from ml.train.reporting import Report, gzip_bits_per_byte, read_metrics, xz_bits_per_byte
 
-# xz takes about a minute for 64 MiB.
+# Compressing is for comparison only: beyond this size it would keep the user waiting.
 _LARGEST_TEXT_TO_COMPRESS = 64 * 2**20
 
 
