@@ -133,6 +133,7 @@ def parameter_count(config: TransformerConfig) -> ParameterCount:
     else:
         expert = 3 * c.embed_dim * c.moe.mlp_dim
         layer += c.embed_dim * c.moe.num_experts + c.moe.num_experts * expert
+        layer += c.moe.num_experts if c.moe.bias_update_rate else 0
         idle = (c.moe.num_experts - c.moe.top_k) * expert
     embedding = c.embed_dim * (c.vocab_size + (c.max_length if c.position_embedding == "learned" else 0))
     unembedding = 0 if c.tie_embeddings else c.embed_dim * c.vocab_size
