@@ -31,7 +31,7 @@ class _PerLayer:
 
     index: Int[Array, " layers"]
     local: Int[Array, " layers"]
-    expert_counts: Int[Array, "layers experts"] | None
+    expert_counts: Int[Array, "layers experts"] | None = None
 
 
 class Block(nn.Module):

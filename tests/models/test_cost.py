@@ -40,6 +40,7 @@ _OPTIONS = {
     "parallel": {"parallel_block": True},
     "tied": {"tie_embeddings": True},
     "moe": {"moe": _MOE},
+    "moe_with_router_bias": {"moe": dataclasses.replace(_MOE, bias_update_rate=0.01)},
     "moe_with_mlp_bias_set": {"moe": _MOE, "mlp_bias": True, "gated_mlp": False},
 }
 
@@ -120,10 +121,10 @@ def test_windows_count_layer_by_layer():
 
 def _loss(model):
     def loss(params, tokens):
-        hidden, _, balance = model.apply({"params": params}, tokens, SelfAttention(implementation="xla"))
+        hidden, _, stats = model.apply({"params": params}, tokens, SelfAttention(implementation="xla"))
         logits = model.apply({"params": params}, hidden, method="logits")
         chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-        return balance + jnp.mean(jax.nn.logsumexp(logits, axis=-1) - chosen)
+        return stats.balance + jnp.mean(jax.nn.logsumexp(logits, axis=-1) - chosen)
 
     return loss
 

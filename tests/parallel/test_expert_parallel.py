@@ -44,8 +44,7 @@ def rules_of(degrees):
 def case(routing, model):
     """Parameters and inputs; ``one``: all tokens want expert 5 first, and most experts get none."""
     rng = np.random.default_rng(0)
-    boxed = MoE(model).init(jax.random.key(0), jnp.zeros((1, 1, EMBED)))["params"]
-    params = jax.tree.map(lambda x: (0.3 * rng.normal(size=x.shape)).astype(np.float32), meta.unbox(boxed))
+    params = jax.tree.map(lambda x: (0.3 * rng.normal(size=x.shape)).astype(np.float32), meta.unbox(abstract(model)))
     x = rng.normal(size=(BATCH, LENGTH, EMBED)).astype(np.float32)
     if routing == "one":
         x = np.abs(x)
@@ -57,9 +56,12 @@ def case(routing, model):
     return params, x, valid, weights
 
 
+def abstract(model):
+    return jax.eval_shape(lambda: MoE(model).init(jax.random.key(0), jnp.zeros((1, 1, EMBED))))["params"]
+
+
 def axes_of(model):
-    boxed = jax.eval_shape(lambda: MoE(model).init(jax.random.key(0), jnp.zeros((1, 1, EMBED))))["params"]
-    return jax.tree.map(lambda box: box.names, boxed, is_leaf=lambda node: isinstance(node, meta.AxisMetadata))
+    return jax.tree.map(lambda box: box.names, abstract(model), is_leaf=lambda x: isinstance(x, meta.AxisMetadata))
 
 
 def objective(layer):

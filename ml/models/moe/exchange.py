@@ -165,9 +165,10 @@ def _by_ragged_exchange(tokens, top, chosen, experts, num_experts, axis):
 
 
 def _weighted_sum(rows, weight, token, like):
-    """Adds each row, times its weight, to its token; in float32, as up to ``top_k`` terms are added one by one."""
-    rows = rows.astype(jnp.float32) * weight[:, None]
-    return jnp.zeros_like(like, jnp.float32).at[token].add(rows, mode="drop").astype(like.dtype)
+    """Adds each row, times its weight, to its token; in float32, as the terms are added one by one."""
+    rows = rows * weight[:, None].astype(rows.dtype)
+    summed = jnp.zeros_like(like, jnp.float32).at[token].add(rows.astype(jnp.float32), mode="drop")
+    return summed.astype(like.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
