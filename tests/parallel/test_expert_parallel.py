@@ -107,3 +107,120 @@ def check_same(model, degrees, run):
 def test_same_output_loss_and_gradients_on_every_mesh(mesh, top_k):
     model = config(top_k, normalize_top_k=top_k > 1)
     check_same(model, MESHES[mesh], objective(MoE(model, place=rules_of(MESHES[mesh]).spec)))
+
+
+def emulated_ragged_all_to_all(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
+    """The primitive's documentation, written with gathers, for a machine that lacks it: exact, and all at once."""
+    devices, me = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
+
+    def to_me(x):
+        """What every device says about the slices that it sends here, ``[sender, slice]``."""
+        return jax.lax.all_gather(x, axis_name).reshape(devices, devices, -1)[:, me]
+
+    operands = jax.lax.all_gather(operand, axis_name)
+    source, size, target = to_me(input_offsets), to_me(send_sizes), to_me(output_offsets)
+    row = jnp.arange(len(output))[:, None, None]
+    covers = (row >= target) & (row < target + size)  # [row, sender, slice]
+    # What the receiver expects must be what is sent; and no row is written twice: either would be garbage here.
+    agree = (recv_sizes.reshape(size.shape) == size).all() & (covers.sum(axis=(1, 2)) <= 1).all()
+    sender = jnp.argmax(covers.any(axis=2), axis=1)
+    index = jnp.where(covers, source + row - target, 0).sum(axis=(1, 2))
+    result = jnp.where(covers.any(axis=(1, 2))[:, None], operands[sender, index], output)
+    return jnp.where(agree, result, jnp.nan)
+
+
+def test_the_emulation_reproduces_the_documentations_example():
+    mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
+    arguments = [[1, 2, 2], [3, 4, 0]], np.zeros((2, 4)), [[0, 1], [0, 1]], [[1, 2], [1, 1]], [[0, 0], [1, 2]]
+    arguments = [np.array(x).reshape(2 * len(x[0])) for x in (*arguments, [[1, 1], [2, 1]])]
+    arguments[:2] = [x.astype(np.float32)[:, None] for x in arguments[:2]]
+    with jax.set_mesh(mesh):
+        emulated = functools.partial(emulated_ragged_all_to_all, axis_name="x")
+        run = jax.jit(jax.shard_map(emulated, in_specs=PartitionSpec("x"), out_specs=PartitionSpec("x")))
+        result = run(*(jax.device_put(x, PartitionSpec("x")) for x in arguments))
+    assert result.ravel().tolist() == [1, 3, 0, 0, 2, 2, 4, 0]
+
+
+@pytest.mark.parametrize("mesh", ["expert 8", "expert 4 fsdp 2", "expert 2 sequence 2 tensor 2"])
+def test_the_ragged_exchange_gives_the_same(mesh, monkeypatch):
+    monkeypatch.setattr(jax.lax, "ragged_all_to_all", emulated_ragged_all_to_all)
+    monkeypatch.setattr("ml.models.moe.exchange.choose_exchange", lambda moe, devices, platform: "ragged")
+    model = config(top_k=3)
+    run = objective(MoE(model, place=rules_of(MESHES[mesh]).spec))
+    check_same(model, MESHES[mesh], run)
+
+
+def test_inside_a_pipeline_whose_stages_are_manual():
+    """Two stages hold different layers; each must give what it gives alone."""
+    model, degrees = config(), {"stage": 2, "expert": 2, "tensor": 2}
+    rules = rules_of(degrees)
+    params, x, valid, weights = case("random", model)
+    stacked = jax.tree.map(lambda w: np.stack([w, -w]), params)
+    axes = jax.tree.map(lambda names: ("layers", *names), axes_of(model), is_leaf=lambda x: isinstance(x, tuple))
+
+    def stage(params, x, valid, weights):
+        params = jax.tree.map(lambda w: w[0], params)
+        (_, (out, stats)), gradients = objective(MoE(model, place=rules.spec))(params, x, valid, weights)
+        return jax.tree.map(lambda a: a[None], (out, stats, gradients[0]))
+
+    with jax.set_mesh(rules.mesh):
+        stacked = jax.device_put(stacked, rules.shardings(axes, stacked))
+        x, weights = jax.device_put((x, weights), rules.sharding("batch", "length", None))
+        valid = jax.device_put(valid, rules.sharding("batch", "length"))
+        stages = jax.shard_map(
+            lambda params, *rest: stage(params, *(jax.lax.pcast(a, "stage", to="varying") for a in rest)),
+            in_specs=(PartitionSpec("stage"), PartitionSpec(), PartitionSpec(), PartitionSpec()),
+            out_specs=PartitionSpec("stage"),
+            axis_names={"stage"},
+        )
+        got = jax.device_get(jax.jit(stages)(stacked, x, valid, weights))
+    for index, sign in enumerate((1, -1)):
+        same = jax.tree.map(lambda w, sign=sign: sign * w, params)
+        (_, (out, stats)), gradients = objective(MoE(model))(same, *case("random", model)[1:])
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves((out, stats, gradients[0])), strict=True):
+            np.testing.assert_allclose(a[index], b, atol=1e-5 * np.abs(b).max())
+
+
+def compiled(degrees, model):
+    rules = rules_of(degrees)
+    with jax.set_mesh(rules.mesh):
+        arguments = placed_case("random", model, rules)
+        return arguments[0], objective(MoE(model, place=rules.spec)).lower(*arguments).compile()
+
+
+@pytest.mark.parametrize("degree", [1, 2, 8])
+def test_a_device_holds_and_reads_its_own_experts_only(degree):
+    model = config()
+    params, program = compiled({"expert": degree, "tensor": 8 // degree if degree > 1 else 1}, model)
+    for name in ("gate", "up", "down"):
+        kernel = params[name]["kernel"]
+        assert kernel.addressable_shards[0].data.nbytes == kernel.nbytes // (8 if degree > 1 else 1)
+    # The largest array that any device ever gathers is smaller than the experts of a layer.
+    gathered = re.findall(r"= \w+\[([\d,]+)\]\S* all-gather", program.as_text())
+    sizes = [math.prod(map(int, shape.split(","))) for shape in gathered]
+    assert bool(sizes) == (degree > 1)
+    assert max(sizes, default=0) <= BATCH * LENGTH * EMBED < EXPERTS * EMBED * WIDE
+
+
+def test_what_fsdp_cuts_is_gathered_for_the_devices_own_experts_and_its_gradient_scattered():
+    _, program = compiled({"expert": 4, "fsdp": 2}, config())
+    text = program.as_text()
+    own = f"{EXPERTS // 4},{EMBED},{WIDE}"
+    assert re.search(rf"= \w+\[{own}\]\S* all-gather", text)
+    assert not re.search(rf"= \w+\[{EXPERTS},\d+,\d+\]\S* all-gather", text)
+    assert re.search(rf"= \w+\[{EXPERTS // 4},{EMBED // 2},{WIDE}\]\S* reduce-scatter", text)
+    assert not re.search(rf"= \w+\[{own}\]\S* all-reduce", text)
+
+
+@pytest.mark.parametrize(
+    ("model", "degree", "message"),
+    [
+        (config(), 3, "config.mesh.expert=3 does not divide config.model.moe.num_experts=8; choose one of 1, 2, 4, 8"),
+        (dataclasses.replace(config(), moe=None), 2, "config.mesh.expert=2, but the model has no experts"),
+    ],
+)
+def test_a_degree_that_does_not_fit_is_refused(model, degree, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        check_experts(model, {"data": 1, "expert": degree})
+    check_experts(model, {"data": 8, "expert": 1})
+    check_experts(config(), {"expert": 4})

@@ -167,8 +167,9 @@ def _on_one_device(
     moe = config.moe
     assert moe is not None
     tokens = x.reshape(-1, x.shape[-1])
-    # Routing in float32: a bf16 logit can flip which expert wins.
-    logits = dot("te,en->tn", tokens.astype(jnp.float32), weights["router_kernel"])
+    # Routing in float32: a bf16 logit can flip which expert wins. Accelerators would multiply with fewer bits unasked.
+    with jax.default_matmul_precision("float32"):
+        logits = dot("te,en->tn", tokens.astype(jnp.float32), weights["router_kernel"])
     bias = materialize(weights["router_bias"]) if "router_bias" in weights else None
     top, chosen, probabilities = route(logits, moe, bias)
     valid = None if valid is None else valid.reshape(-1)
