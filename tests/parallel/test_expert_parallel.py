@@ -167,11 +167,14 @@ def test_inside_a_pipeline_whose_stages_are_manual():
         stacked = jax.device_put(stacked, rules.shardings(axes, stacked))
         x, weights = jax.device_put((x, weights), rules.sharding("batch", "length", None))
         valid = jax.device_put(valid, rules.sharding("batch", "length"))
+        # JAX cannot differentiate a shard_map inside one that tracks what varies: what is kept for the backward pass is
+        # cut along the outer axis too, where the inner one cannot see it.
         stages = jax.shard_map(
-            lambda params, *rest: stage(params, *(jax.lax.pcast(a, "stage", to="varying") for a in rest)),
+            stage,
             in_specs=(PartitionSpec("stage"), PartitionSpec(), PartitionSpec(), PartitionSpec()),
             out_specs=PartitionSpec("stage"),
             axis_names={"stage"},
+            check_vma=False,
         )
         got = jax.device_get(jax.jit(stages)(stacked, x, valid, weights))
     for index, sign in enumerate((1, -1)):
