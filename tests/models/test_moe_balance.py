@@ -160,11 +160,12 @@ def test_the_bias_has_no_gradient_and_starts_at_zero():
 
 
 def test_one_update_of_the_bias():
-    bias = np.array([[0.0, 0.1, -0.1, 0.0], [0.0, 0.0, 0.0, 0.0]], np.float32)
+    bias = np.array([[0.0, 0.1, -0.1, 0.0], [0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]], np.float32)
     params = {"layers": {"moe": {"router": {"bias": bias, "kernel": 1}, "up": 2}, "norm": 3}, "embed": 4}
-    counts = np.array([[10, 10, 0, 0], [7, 1, 0, 0]], np.int32)
+    counts = np.array([[10, 10, 0, 0], [7, 1, 0, 0], [7, 3, 0, 0]], np.int32)  # three layers
     after = update_router_bias(params, counts, 0.5)
-    moved = np.array([[-0.5, -0.4, 0.4, 0.5], [-0.75, 0.25, 0.25, 0.25]])  # the second layer's mean was 0.25
+    # The second layer's would have a mean of 0.25; of the third each expert is held against its own layer's mean.
+    moved = np.array([[-0.5, -0.4, 0.4, 0.5], [-0.75, 0.25, 0.25, 0.25], [-0.5, -0.5, 0.5, 0.5]])
     np.testing.assert_allclose(after["layers"]["moe"]["router"]["bias"], moved, atol=1e-7)
     after["layers"]["moe"]["router"]["bias"] = bias
     assert after == params

@@ -5,6 +5,7 @@ import functools
 import math
 import re
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +17,7 @@ from ml.errors import UserError
 from ml.models import MoEConfig, TransformerConfig
 from ml.models.moe import MoE, check_experts
 from ml.parallel import MeshConfig, Rules, make_mesh
+from ml.weights import ragged_dot
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 BATCH, LENGTH, EMBED, WIDE, EXPERTS = 8, 4, 16, 12, 8
@@ -148,6 +150,67 @@ def test_the_ragged_exchange_gives_the_same(mesh, monkeypatch):
     model = config(top_k=3)
     run = objective(MoE(model, place=rules_of(MESHES[mesh]).spec))
     check_same(model, MESHES[mesh], run)
+
+
+@jax.custom_vjp
+def spoiled(x, exists):
+    return jnp.where(exists[:, None], x, jnp.nan)
+
+
+def leave_spoiled(exists, gradient):
+    return jnp.where(exists[:, None], gradient, jnp.nan), None
+
+
+spoiled.defvjp(lambda x, exists: (spoiled(x, exists), exists), leave_spoiled)
+
+
+@pytest.mark.parametrize("exchange", ["gather", "ragged"])
+def test_a_grouped_product_may_leave_garbage_in_rows_that_do_not_exist(exchange, monkeypatch):
+    """As kernels on accelerators do, in results and in gradients; XLA's CPU expansion happens to write zeros."""
+
+    def sloppy(x, sizes, w):
+        exists = jnp.arange(len(x)) < sizes.sum()
+        return spoiled(ragged_dot(spoiled(x, exists), sizes, w), exists)
+
+    model, degrees = config(), {"expert": 4, "data": 2}
+    for routing in ("random", "one"):
+        on_one_device(routing, model)  # where all rows exist
+    monkeypatch.setattr("ml.models.moe.layer.ragged_dot", sloppy)
+    monkeypatch.setattr(jax.lax, "ragged_all_to_all", emulated_ragged_all_to_all)
+    monkeypatch.setattr("ml.models.moe.exchange.choose_exchange", lambda moe, devices, platform: exchange)
+    check_same(model, degrees, objective(MoE(model, place=rules_of(degrees).spec)))
+
+
+@flax.struct.dataclass
+class Adapted:
+    """A kernel and a low-rank change of it: three arrays with placements of their own."""
+
+    base: jax.Array
+    a: jax.Array
+    b: jax.Array
+
+
+@ragged_dot.register(Adapted)
+def _(x, group_sizes, w):
+    return ragged_dot(x, group_sizes, w.base) + ragged_dot(ragged_dot(x, group_sizes, w.a), group_sizes, w.b)
+
+
+def test_a_leaf_of_several_arrays_is_read_as_each_is_placed():
+    model, rules = config(), rules_of({"expert": 2, "fsdp": 2, "tensor": 2})
+    params, *inputs = case("random", model)
+    axes, rng = axes_of(model), np.random.default_rng(3)
+    for name in ("gate", "up", "down"):
+        kernel, (_, into, out) = params[name]["kernel"], axes[name]["kernel"]
+        a, b = (rng.normal(size=(EXPERTS, *s)).astype(np.float32) for s in ((kernel.shape[1], 2), (2, kernel.shape[2])))
+        params[name]["kernel"] = Adapted(kernel, a, b)
+        axes[name]["kernel"] = Adapted(axes[name]["kernel"], ("expert", into, None), ("expert", None, out))
+    (_, (wanted, _)), wanted_gradients = objective(MoE(model))(params, *inputs)
+    with jax.set_mesh(rules.mesh):
+        specs = jax.tree.map(lambda names: rules.sharding(*names), axes, is_leaf=lambda node: isinstance(node, tuple))
+        params, inputs = jax.device_put(params, specs), placed_case("random", model, rules)[1:]
+        (_, (out, _)), gradients = jax.device_get(objective(MoE(model, place=rules.spec))(params, *inputs))
+    for a, b in zip(jax.tree.leaves((out, gradients)), jax.tree.leaves((wanted, wanted_gradients)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
 
 
 def test_inside_a_pipeline_whose_stages_are_manual():
