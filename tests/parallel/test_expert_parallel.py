@@ -14,7 +14,7 @@ from flax.core import meta
 from jax.sharding import PartitionSpec
 
 from ml.errors import UserError
-from ml.models import MoEConfig, TransformerConfig
+from ml.models import MoEConfig, Transformer, TransformerConfig, init_params, logical_axes
 from ml.models.moe import MoE, check_experts
 from ml.parallel import MeshConfig, Rules, make_mesh
 from ml.weights import ragged_dot
@@ -211,6 +211,31 @@ def test_a_leaf_of_several_arrays_is_read_as_each_is_placed():
         (_, (out, _)), gradients = jax.device_get(objective(MoE(model, place=rules.spec))(params, *inputs))
     for a, b in zip(jax.tree.leaves((out, gradients)), jax.tree.leaves((wanted, wanted_gradients)), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("exchange", ["gather", "ragged"])
+def test_in_scanned_layers_that_are_computed_again(exchange, monkeypatch):
+    monkeypatch.setattr(jax.lax, "ragged_all_to_all", emulated_ragged_all_to_all)
+    monkeypatch.setattr("ml.models.moe.exchange.choose_exchange", lambda moe, devices, platform: exchange)
+    model, rules = dataclasses.replace(config(), num_layers=2), rules_of({"expert": 4, "fsdp": 2})
+    tokens = np.random.default_rng(0).integers(0, 8, (BATCH, LENGTH))
+
+    def gradient(params, tokens, **options):
+        def loss(params):
+            hidden, _, stats = Transformer(model, **options).apply({"params": params}, tokens)
+            return jnp.square(hidden - 1).sum() + 3 * stats.balance
+
+        return jax.jit(jax.grad(loss))(params)
+
+    params = jax.device_get(jax.jit(lambda: init_params(Transformer(model), jax.random.key(0)))())
+    params = jax.tree.map(lambda w: 3 * w, params)
+    wanted = gradient(params, tokens)
+    with jax.set_mesh(rules.mesh):
+        placed = jax.device_put(params, rules.shardings(logical_axes(model), params))
+        tokens = jax.device_put(tokens, rules.sharding("batch", "length"))
+        got = jax.device_get(gradient(placed, tokens, place=rules.spec, remat="full"))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max())
 
 
 def test_inside_a_pipeline_whose_stages_are_manual():

@@ -158,9 +158,9 @@ def _by_ragged_exchange(tokens, top, chosen, experts, num_experts, axis):
     where = plan(counts, jax.lax.axis_index(axis))
     choice = jnp.argsort(chosen.reshape(-1), stable=True)
     rows = buffer_rows(count, len(counts), num_experts, k)
-    received = _exchange(axis, rows, tokens[choice // k], where.to_owner, where.to_home)
+    received = _exchange(axis, (count * k, rows), tokens[choice // k], where.to_owner, where.to_home)
     out = experts(received, where.group_sizes)
-    returned = _exchange(axis, count * k, out, where.to_home, where.to_owner)
+    returned = _exchange(axis, (rows, count * k), out, where.to_home, where.to_owner)
     return _weighted_sum(returned, top.reshape(-1)[choice], choice // k, tokens)
 
 
@@ -172,22 +172,29 @@ def _weighted_sum(rows, weight, token, like):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _exchange(axis: str, rows: int, x: jax.Array, there: Slices, back: Slices) -> jax.Array:
-    """Sends slices of ``x`` and returns what was received, in a buffer of ``rows`` rows that is 0 elsewhere.
+def _exchange(axis: str, rows: tuple[int, int], x: jax.Array, there: Slices, back: Slices) -> jax.Array:
+    """Sends slices of ``x`` and returns what was received, in a buffer that is 0 elsewhere.
 
     The gradient takes the way back, which JAX's own rule would have to work out with two more exchanges.
+
+    Args:
+      axis: the mesh axis.
+      rows: of ``x``, and of the buffer.
+      x: what is sent.
+      there: slices of ``x`` and where they go.
+      back: the opposite way.
     """
-    buffer = jnp.zeros_like(x, shape=(rows, *x.shape[1:]))
+    buffer = jnp.zeros_like(x, shape=(rows[1], *x.shape[1:]))
     return jax.lax.ragged_all_to_all(x, buffer, *there, axis_name=axis)
 
 
 def _exchange_forward(axis, rows, x, there, back):
-    return _exchange(axis, rows, x, there, back), (len(x), there, back)
+    return _exchange(axis, rows, x, there, back), (there, back)
 
 
 def _exchange_backward(axis, rows, saved, gradient):
-    sent, there, back = saved
-    return _exchange(axis, sent, gradient, back, there), None, None
+    there, back = saved
+    return _exchange(axis, rows[::-1], gradient, back, there), None, None
 
 
 _exchange.defvjp(_exchange_forward, _exchange_backward)
