@@ -72,10 +72,11 @@ class MeshConfig:
             asked = " x ".join(f"{name}={size}" for name, size in sizes.items())
             raise UserError(f"config.mesh: {asked} does not fit {count} devices; {_mend(sizes, count)}")
         sizes = {name: free if sizes[name] == -1 else sizes[name] for name in AXES}
-        if sizes[self.slice_axis] % self.slices:
+        spanning, slices = self.slice_axis, self.slices
+        if sizes[spanning] % slices:
             raise UserError(
-                f"config.mesh.slices={self.slices} does not divide {self.slice_axis}={sizes[self.slice_axis]}, the axis "
-                f"that spans the slices; make config.mesh.{self.slice_axis} a multiple of {self.slices}"
+                f"config.mesh.slices={slices} does not divide {spanning}={sizes[spanning]}, the axis that spans the "
+                f"slices; make config.mesh.{spanning} a multiple of {slices}"
             )
         return sizes
 
@@ -104,7 +105,9 @@ def _across_slices(shape: tuple[int, ...], config: MeshConfig, devices: list[Any
         split = np.array(devices, dtype=object).reshape(slices, *inner)
         return np.moveaxis(split, 0, axis).reshape(shape)
     if len(known) != slices:
-        raise UserError(f"config.mesh.slices={slices}, but the devices form {len(known)} slices; set it to {len(known)}")
+        raise UserError(
+            f"config.mesh.slices={slices}, but the devices form {len(known)} slices; set it to {len(known)}"
+        )
     return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
 
 

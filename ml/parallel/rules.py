@@ -117,9 +117,7 @@ class Rules:
         """`spec`, on the mesh."""
         return NamedSharding(self.mesh, self.spec(*axes, kind=kind))
 
-    def shardings(
-        self, axes: PyTree[tuple[str, ...]], shapes: PyTree, kind: Kind = "state"
-    ) -> PyTree[NamedSharding]:
+    def shardings(self, axes: PyTree[tuple[str, ...]], shapes: PyTree, kind: Kind = "state") -> PyTree[NamedSharding]:
         """The placement of every parameter.
 
         Args:
@@ -153,6 +151,18 @@ class Rules:
             f"config.mesh: {product} (layout {self.layout}) does not divide the model's {name} axis of {size}; choose "
             f"degrees whose product divides {size}, or another config.mesh.layout"
         )
+
+    @property
+    def partial_gradient_axes(self) -> frozenset[str]:
+        """The mesh axes along which a kernel's gradient may stay a partial sum on each device for a while.
+
+        They cut the tokens but not the kernel. Where residuals are cut along ``tensor``, tokens enter a product cut in
+        one way and leave it in another, whose partial sums JAX does not keep apart.
+        """
+        cut = LAYOUTS[self.layout].compute
+        tokens_cut_along_tensor = self.sequence_residual and self.mesh.shape["tensor"] > 1
+        axes = frozenset(axis for axis in _REPLICAS if axis not in cut and self.mesh.shape[axis] > 1)
+        return frozenset() if tokens_cut_along_tensor else axes
 
     @property
     def batch_shards(self) -> int:

@@ -61,7 +61,9 @@ class MoE(nn.Module):
             mlp=_names(cut[1]),
             platform=mesh.abstract_device.platform if mesh.abstract_device else None,
         )
-        specs = jax.tree.map(lambda array: jax.typeof(array).sharding.spec, weights)
+        # A leaf may be typed so that its gradient stays partial sums; here it is summed where it is cut.
+        weights = jax.tree.map(lambda array: placed(array, PartitionSpec(*_spec(array).partitions)), weights)
+        specs = jax.tree.map(_spec, weights)
 
         def local(x, valid, expert_counts, weights):
             weights = {name: _read(name, leaf, specs[name], axes, x.dtype) for name, leaf in weights.items()}
@@ -120,6 +122,10 @@ class _Axes:
     expert: tuple[str, ...] = ()
     mlp: tuple[str, ...] = ()
     platform: str | None = None
+
+
+def _spec(array: jax.Array) -> PartitionSpec:
+    return jax.typeof(array).sharding.spec
 
 
 def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
