@@ -71,8 +71,12 @@ def distance(got, expected):
 
 def plain_loss(model, config, params, batch):
     """Sum of the objective over a batch ``[rows, length]``, as a textbook has it: no chunks, no gradient of its own."""
-    hidden, _, balance = model.apply(
-        {"params": params}, batch["tokens"], SelfAttention(batch["segment_ids"], "reference"), batch["positions"]
+    hidden, _, stats = model.apply(
+        {"params": params},
+        batch["tokens"],
+        SelfAttention(batch["segment_ids"], "reference"),
+        batch["positions"],
+        valid=batch["segment_ids"] > 0,
     )
     logits = model.apply({"params": params}, hidden, method="logits")
     log_p = jax.nn.log_softmax(logits)
@@ -80,7 +84,7 @@ def plain_loss(model, config, params, batch):
     log_z = jax.nn.logsumexp(logits, axis=-1)
     weight = model.config.moe.aux_loss_weight if model.config.moe else 0.0
     mask = batch["loss_mask"]
-    return jnp.sum((nll + config.z_loss * log_z**2 + weight * balance) * mask)
+    return jnp.sum((nll + config.z_loss * log_z**2 + weight * stats.balance) * mask)
 
 
 @pytest.mark.parametrize("name", ["moe", "gemma", "gpt2"])
