@@ -25,7 +25,7 @@ def chunked_loss(
 
     The gradient with respect to ``head`` and ``hidden`` is computed chunk by chunk in the forward pass, while the
     logits exist, and only scaled in the backward pass: nothing is computed twice, and the largest array is
-    ``[batch, chunk, vocab]``. Where the length is cut over devices, each takes its share of every chunk from its own part.
+    ``[batch, chunk, vocab]``. Where the length is cut over devices, each takes its share of a chunk from its own part.
 
     Args:
       logits_of: ``(head, hidden) -> logits [batch, length, vocab]``.
