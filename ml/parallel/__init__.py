@@ -1,6 +1,8 @@
-"""Device meshes, and the table that maps logical axes to mesh axes."""
+"""Device meshes, the table that maps logical axes to mesh axes, and the processes that share a mesh."""
 
+from ml.parallel.batches import loader_share, place_batch
 from ml.parallel.mesh import MeshConfig, make_mesh
-from ml.parallel.rules import Rules, place_batch
+from ml.parallel.roll import HealthConfig
+from ml.parallel.rules import Rules
 
-__all__ = ["MeshConfig", "Rules", "make_mesh", "place_batch"]
+__all__ = ["HealthConfig", "MeshConfig", "Rules", "loader_share", "make_mesh", "place_batch"]

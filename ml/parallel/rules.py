@@ -86,17 +86,3 @@ class Rules:
     def batch_shards(self) -> int:
         """Into how many parts a batch is cut."""
         return int(np.prod([self.mesh.shape[name] for name in self.table["batch"]]))
-
-
-def place_batch(batch: Mapping[str, np.ndarray], rules: Rules, microbatches: int) -> dict[str, jax.Array]:
-    """Puts this process's rows of a batch on the mesh as global arrays ``[microbatches, rows, length]``.
-
-    Each process cuts its own rows into microbatches, so no row ever moves between processes.
-    """
-    sharding = rules.sharding(None, "batch", "length")
-
-    def put(local: np.ndarray) -> jax.Array:
-        rows = local.shape[0] // microbatches
-        return jax.make_array_from_process_local_data(sharding, local.reshape(microbatches, rows, *local.shape[1:]))
-
-    return {name: put(array) for name, array in batch.items()}

@@ -8,7 +8,7 @@ from ml.data import DataConfig
 from ml.errors import UserError
 from ml.models import TransformerConfig
 from ml.optim import OptimizerConfig, ScheduleConfig
-from ml.parallel import MeshConfig
+from ml.parallel import HealthConfig, MeshConfig
 from pallas_kernels.flash_attention import Implementation
 
 
@@ -88,6 +88,7 @@ class ExperimentConfig:
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     mesh: MeshConfig = MeshConfig()
+    health: HealthConfig = HealthConfig()
     seed: int = 0
 
     def __post_init__(self):

@@ -23,6 +23,7 @@ _MAY_CHANGE = (
     "eval",
     "checkpoint",
     "mesh",
+    "health",
     "data.num_workers",
     "data.cache_dir",
 )
