@@ -14,7 +14,7 @@ Trains a language model. The same command again goes on from the newest checkpoi
 
 One process on each machine trains on the devices of all. SLURM, MPI, GKE and TPU pods are detected; by hand:
 
-  python scripts/train.py ... --coordinator=HOST_OF_PROCESS_0:8476 --num_processes=4 --process_id=0   # 1, 2, 3 elsewhere
+  python scripts/train.py ... --coordinator=HOST_OF_PROCESS_0:8476 --num_processes=4 --process_id=0   # then 1, 2, 3
 """
 
 if __name__ == "__main__":

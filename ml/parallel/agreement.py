@@ -9,8 +9,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 class Agreement:
     """The largest of the processes' numbers, one step late, without waiting for anything.
 
-    Each step every process sends a number; the maximum over all devices is computed after that step's own work, and is read when the
-    next step was sent. All processes call `exchange` equally often, so all read the same value at the same call.
+    Each step every process sends a number; the maximum over all devices is computed after that step's own work, and is
+    read when the next step was sent. All processes call `exchange` equally often, so all read the same value at the same
+    call.
     """
 
     def __init__(self, mesh: Mesh):
@@ -33,10 +34,7 @@ class Agreement:
         if self._alone:
             return mine
         before = self._sent
-        numbers = jax.make_array_from_callback(
-            (self._size,),
-            self._sharding,
-            lambda index: np.full(len(range(*index[0].indices(self._size))), mine, np.int32),
-        )
+        mine_on_all = np.full(self._size, mine, np.int32)
+        numbers = jax.make_array_from_callback(mine_on_all.shape, self._sharding, mine_on_all.__getitem__)
         self._sent = self._largest(numbers)
         return 0 if before is None else int(jax.device_get(before))

@@ -1,7 +1,8 @@
 """Which rows of a batch a process loads, and how they get onto its devices.
 
-Derived from the batch's sharding, not from the number of processes: processes that differ only along the tensor, sequence or stage axis
-hold the same rows, and on a TPU pod the devices of one host may hold parts of the batch that do not lie side by side.
+Derived from the batch's sharding, not from the number of processes: processes that differ only along the tensor, sequence
+or stage axis hold the same rows, and on a TPU pod the devices of one host may hold parts of the batch that do not lie side
+by side.
 """
 
 from collections.abc import Mapping
@@ -16,11 +17,12 @@ def loader_share(rules: Rules) -> tuple[tuple[int, ...], int]:
     """The parts of every microbatch that this process's devices hold.
 
     Returns:
-      ``(parts, count)``: of ``count`` equal parts of the rows, in their order, the numbers of those that are needed here, ascending; for
-      `ml.data.make_loader`'s ``shard_index`` and ``shard_count``.
+      ``(parts, count)``: of ``count`` equal parts of the rows, in their order, the numbers of those that are needed
+      here, ascending; for `ml.data.make_loader`'s ``shard_index`` and ``shard_count``.
     """
     count = rules.batch_shards
-    parts = {rows.start for _, rows, _ in _local_indices(rules, (1, count, 1))}
+    indices = rules.sharding("batch").addressable_devices_indices_map((count,)).values()
+    parts = {(index[0].start or 0) if index is not None else 0 for index in indices}
     return tuple(sorted(parts)), count
 
 
@@ -28,7 +30,8 @@ def place_batch(batch: Mapping[str, np.ndarray], rules: Rules, microbatches: int
     """Puts this process's rows of a batch on the mesh as global arrays ``[microbatches, rows, length]``.
 
     Args:
-      batch: arrays ``[microbatches * local rows, length]``: of each microbatch the parts that `loader_share` names, whole in length.
+      batch: arrays ``[microbatches * local rows, length]``: of each microbatch the parts that `loader_share` names,
+        whole in length.
       rules: the mesh, and how a batch lies on it.
       microbatches: how many there are, one after another.
     """
@@ -40,18 +43,11 @@ def place_batch(batch: Mapping[str, np.ndarray], rules: Rules, microbatches: int
         held = local.reshape(microbatches, len(parts), -1, *local.shape[1:])
         size = held.shape[2]
 
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
+        def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
             _, rows, columns = index
             return held[:, first[(rows.start or 0) // size], :, columns]
 
         return jax.make_array_from_callback((microbatches, count * size, *local.shape[1:]), sharding, shard)
 
     return {name: put(array) for name, array in batch.items()}
-
-
-def _local_indices(rules: Rules, shape: tuple[int, ...]) -> list[tuple[slice, ...]]:
-    """The parts of an array ``[microbatches, rows, length]`` that this process's devices hold, without repetition."""
-    sharding = rules.sharding(None, "batch", None)
-    indices = sharding.addressable_devices_indices_map(shape).values()
-    whole = [tuple(slice(*part.indices(size)) for part, size in zip(index, shape, strict=True)) for index in indices]
-    return list({str(index): index for index in whole}.values())

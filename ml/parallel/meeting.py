@@ -1,7 +1,7 @@
-"""How the processes of a run find one another before JAX does: process 0 listens, the others come and introduce themselves.
+"""How the processes of a run find one another before JAX does: process 0 listens, the others introduce themselves.
 
-JAX's own start leaves a wrong count, a number given twice or a process that never comes to a timeout that names no one. The
-connections that are made here stay, and carry the signs of life of `ml.parallel.health`.
+JAX's own start leaves a wrong count, a number given twice or a process that never comes to a timeout that names no one.
+The connections that are made here stay, and carry the signs of life of `ml.parallel.health`.
 """
 
 import contextlib
@@ -50,7 +50,7 @@ def host_meeting(address: str, processes: int, me: Identity, seconds: float) -> 
     """Process 0: waits for the others.
 
     Args:
-      address: ``HOST:PORT``, which the others know too; port ``PORT + 1``, or another if that is taken, is left for JAX.
+      address: ``HOST:PORT``, which the others know too; JAX gets port ``PORT + 1``, or another if that is taken.
       processes: how many there are, this one included.
       me: this process.
       seconds: how long to wait for the last one.
@@ -66,13 +66,7 @@ def host_meeting(address: str, processes: int, me: Identity, seconds: float) -> 
         end = time.monotonic() + seconds
         while len(here) < processes - 1:
             if time.monotonic() > end:
-                missing = [str(i) for i in range(1, processes) if i not in here]
-                known = ", ".join(map(str, [me, *(identity for identity, _ in here.values())]))
-                names = f"process{'es' if len(missing) > 1 else ''} {', '.join(missing[:8])}"
-                _refuse(
-                    here,
-                    f"{names} of {processes} did not come to --coordinator={address} within {seconds:g} s; here: {known}",
-                )
+                _refuse(here, _missing(address, processes, me, here, seconds))
             wait_for([listener, *waiting, *(connection for _, connection in here.values())], _POLL)
             with contextlib.suppress(BlockingIOError):
                 waiting.append(Connection(listener.accept()[0]))
@@ -144,6 +138,16 @@ def _admit(
     here[identity.process] = identity, connection
 
 
+def _missing(
+    address: str, processes: int, me: Identity, here: dict[int, tuple[Identity, Connection]], seconds: float
+) -> str:
+    missing = [str(i) for i in range(1, processes) if i not in here]
+    names = f"process{'es' if len(missing) > 1 else ''} {', '.join(missing[:8])} of {processes}"
+    known = ", ".join(map(str, [me, *(identity for identity, _ in here.values())]))
+    where = f"to --coordinator={address} within {seconds:g} s"
+    return f"{names} did not come {where}; start all of them, with the same address (here: {known})"
+
+
 def _refuse(here: dict[int, tuple[Identity, Connection]], problem: str) -> None:
     """Tells all who have come, and raises the same."""
     for _, connection in here.values():
@@ -175,8 +179,8 @@ def _reach(host: str, port: int, address: str, seconds: float) -> socket.socket:
             problem = error.strerror or str(error)
         time.sleep(min(_POLL, max(left, 0)))
     raise UserError(
-        f"--coordinator={address}: not reachable within {seconds:g} s ({problem.lower()}); start process 0 there, and let "
-        f"ports {port} and {port + 1} through"
+        f"--coordinator={address}: not reachable within {seconds:g} s ({problem.lower()}); start process 0 there, and "
+        f"let ports {port} and {port + 1} through"
     )
 
 

@@ -64,8 +64,8 @@ def find_launch(
     found = detect_launch(seconds)
     if found is None and distributed == "on":
         raise UserError(
-            "--distributed=on: neither SLURM, MPI, GKE nor a TPU pod was found; give --coordinator, --num_processes and "
-            "--process_id"
+            "--distributed=on: neither SLURM, MPI, GKE nor a TPU pod was found; "
+            "give --coordinator, --num_processes and --process_id"
         )
     return found
 

@@ -31,8 +31,8 @@ class HealthConfig:
 
     Attributes:
       start_seconds: for all processes to come at the start.
-      timeout_seconds: without a sign of life, after which a process counts as dead. A process whose connection is closed
-        does so at once.
+      timeout_seconds: without a sign of life, after which a process counts as dead. One whose connection is closed does
+        so at once.
       stall_seconds: a process that lives may spend on one step or one batch of data.
       slow_seconds: the same for compiling, restoring, saving and evaluating; preparing data may last for ever.
     """
@@ -163,15 +163,11 @@ class Roll:
         if since <= self._config.limit(behind[0].report.phase):
             return None
         if len(behind) == len(self._entries) > 1:
-            return Verdict(
-                f"every process stands {_place(behind[0].report)} for {since:.0f} s: a device or the network between them "
-                f"hangs; {RESTART}"
-            )
+            place = _place(behind[0].report, f"for {since:.0f} s")
+            return Verdict(f"every process hangs {place}: a device, or the network between them; {RESTART}")
         more = f", and with it {len(behind) - 1} more," if len(behind) > 1 else ""
-        return Verdict(
-            f"{behind[0].identity}{more} stalled {_place(behind[0].report, f'for {since:.0f} s', now - behind[0].heard)} "
-            f"while the others wait for it; {RESTART}"
-        )
+        place = _place(behind[0].report, f"for {since:.0f} s", now - behind[0].heard)
+        return Verdict(f"{behind[0].identity}{more} stalled {place} while the others wait for it; {RESTART}")
 
 
 def _lost(entry: _Entry, how: str, now: float) -> Verdict:

@@ -91,7 +91,9 @@ def assert_same_course(workdir, expected, step=STEPS):
     for part in ("params", "opt_state"):
         a, b = (restore_params(folder, step, subtree=part)[1] for folder in (workdir, expected))
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), a, b)
-    manifests = [json.loads((folder / "checkpoints" / str(step) / "manifest.json").read_text()) for folder in (workdir, expected)]
+    manifests = [
+        json.loads((folder / "checkpoints" / str(step) / "manifest.json").read_text()) for folder in (workdir, expected)
+    ]
     assert manifests[0]["data_state"] == manifests[1]["data_state"]
 
 
