@@ -1,8 +1,8 @@
 """Which rows of a batch a process loads, and how they get onto its devices.
 
-Derived from the batch's sharding, not from the number of processes: processes that differ only along the tensor, sequence
-or stage axis hold the same rows, and on a TPU pod the devices of one host may hold parts of the batch that do not lie side
-by side.
+Derived from the batch's sharding, not from the number of processes: processes that differ only along the tensor,
+sequence or stage axis hold the same rows, and on a TPU pod the devices of one host may hold parts of the batch that do
+not lie side by side.
 """
 
 from collections.abc import Mapping

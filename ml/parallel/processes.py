@@ -180,3 +180,7 @@ def _initialize_jax(launch: Launch, service_port: int, config: HealthConfig) -> 
         heartbeat_timeout_seconds=round(_JAX_PATIENCE * config.timeout_seconds + _JAX_PATIENCE_SECONDS),
         shutdown_timeout_seconds=round(config.slow_seconds),
     )
+    if jax.default_backend() == "cpu":
+        # A CPU program that comes from the cache has lost the order of its collective operations: they run at the same
+        # time, and over gloo one gets the other's data ("Is there a distributed collective mismatch in your code?").
+        jax.config.update("jax_enable_compilation_cache", False)

@@ -128,7 +128,8 @@ def train(config: ExperimentConfig, path: str | os.PathLike[str], watch: Watch |
                     started, session_start = time.monotonic(), recorder.tokens
                 pending = Pending(step, metrics, host_batch)
 
-                stop = agreement.exchange(interrupt.received or 0)
+                stop, counter = agreement.exchange(interrupt.received or 0, state.step)
+                state = state.replace(step=counter)
                 last = step == steps or stop != 0
                 if last or step % config.checkpoint.every == 0 or (config.eval.every and step % config.eval.every == 0):
                     more = {}

@@ -6,19 +6,23 @@ import os
 import re
 import signal
 import socket
-import time
 
 import jax
 import numpy as np
 import pytest
-from script_processes import error_of, run, start
+from script_processes import run, start
 from training_cases import write_config
 
 from ml.checkpoint import restore_params
 
 STEPS = 6
-FOUR_DEVICES = "import jax; jax.config.update('jax_num_cpu_devices', 4)"
-EIGHT_DEVICES = "import jax; jax.config.update('jax_num_cpu_devices', 8)"
+# NPROC is the size of XLA's thread pool: collective operations of emulated devices each hold a thread while they wait.
+FOUR_DEVICES = """
+import os, jax
+jax.config.update("jax_disable_most_optimizations", True)
+os.environ |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "NPROC": "32"}
+"""
+EIGHT_DEVICES = FOUR_DEVICES.replace("4", "8")
 # These steps take milliseconds, too short a time to send a signal in.
 SLOWLY = """
 import time, ml.train.loop as loop
