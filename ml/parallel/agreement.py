@@ -25,9 +25,9 @@ class Agreement:
     def exchange(self, mine: int, counter: Int[Array, ""]) -> tuple[int, Int[Array, ""]]:
         """Sends ``mine``; returns what was agreed on the numbers of the call before (alone: ``mine`` itself).
 
-        The devices of a CPU run programs that do not depend on one another at the same time, and two collective operations
-        at once get each other's data. So the exchange depends on a result of the step before it, and the step after it
-        must depend on the exchange.
+        The devices of a CPU may run programs that do not depend on one another at the same time, and two collective
+        operations at once would get each other's data. So the exchange depends on a result of the step before it, and
+        the step after it must depend on the exchange.
 
         Args:
           mine: not negative.

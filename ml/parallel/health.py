@@ -1,9 +1,9 @@
 """Signs of life between the processes of a run, independent of JAX: who dies or stalls is named on all others.
 
 A star over TCP: each process tells process 0 about each second where it stands; process 0 keeps the `Roll`, sends a
-sign of life of its own to all, and its verdict when there is one. The others notice by themselves when process 0 is gone.
-On a verdict every process prints the same line and ends at once with the verdict's status, through ``os._exit``: its
-main thread may be inside of a collective operation that will never end.
+sign of life of its own to all, and its verdict when there is one. The others notice by themselves when process 0 is
+gone. On a verdict every process prints the same line and ends at once with the verdict's status, through ``os._exit``:
+its main thread may be inside of a collective operation that will never end.
 """
 
 import contextlib
