@@ -16,7 +16,7 @@ from ml.errors import UserError
 from ml.models import MoEConfig, Transformer, TransformerConfig, init_params, logical_axes
 from ml.models.cost import activation_memory
 from ml.optim import eval_params, make_optimizer
-from ml.parallel import Rules
+from ml.parallel import Rules, loader_share
 from ml.train.config import ExperimentConfig
 from ml.train.evaluation import make_evaluate
 from ml.train.state import TrainState, init_state
@@ -60,7 +60,8 @@ def make_parts(config: ExperimentConfig, workdir: Workdir) -> Parts:
         )
     prepared = prepare(config.data, workdir.path, where="config.data")
     check_vocab(prepared.tokenizer, config.model.vocab_size)
-    prepared.tokenizer.save(workdir.path)
+    if jax.process_index() == 0:
+        prepared.tokenizer.save(workdir.path)
     model = make_model(config, rules)
     tx, schedule = make_optimizer(
         config.optimizer,
@@ -69,7 +70,7 @@ def make_parts(config: ExperimentConfig, workdir: Workdir) -> Parts:
         batch_size=train.batch_size,
         axes=logical_axes(config.model),
     )
-    shard = {"shard_index": jax.process_index(), "shard_count": jax.process_count()}
+    parts, count = loader_share(rules)
     rows = config.eval.batch_size or train.batch_size // train.microbatches
     if rows % rules.batch_shards:
         raise UserError(f"config.eval.batch_size={rows} is not a multiple of {rules.batch_shards} batch shards")
@@ -80,8 +81,15 @@ def make_parts(config: ExperimentConfig, workdir: Workdir) -> Parts:
         tx=tx,
         schedule=schedule,
         prepared=prepared,
-        loader=make_loader(prepared, global_batch_size=train.batch_size, seed=config.seed, **shard),
-        heldout=heldout_batches(prepared, global_batch_size=rows, **shard),
+        loader=make_loader(
+            prepared,
+            global_batch_size=train.batch_size,
+            seed=config.seed,
+            shard_index=parts,
+            shard_count=count,
+            microbatches=train.microbatches,
+        ),
+        heldout=heldout_batches(prepared, global_batch_size=rows, shard_index=parts, shard_count=count),
         evaluate=make_evaluate(model, train, rules),
     )
 
