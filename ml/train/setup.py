@@ -15,6 +15,7 @@ from ml.data import HeldoutBatches, Loader, Prepared, check_vocab, heldout_batch
 from ml.errors import UserError
 from ml.models import MoEConfig, Transformer, TransformerConfig, init_params, logical_axes
 from ml.models.cost import activation_memory
+from ml.models.moe import check_experts
 from ml.optim import eval_params, make_optimizer
 from ml.parallel import Rules, loader_share
 from ml.train.config import ExperimentConfig
@@ -52,6 +53,7 @@ def make_parts(config: ExperimentConfig, workdir: Workdir) -> Parts:
     """
     train = config.train
     rules = Rules.make(config.mesh)
+    check_experts(config.model, rules.mesh.shape)
     if train.batch_size % (train.microbatches * rules.batch_shards):
         raise UserError(
             f"config.train.batch_size={train.batch_size} is not a multiple of microbatches={train.microbatches} x "
@@ -106,6 +108,7 @@ def predicted_activations(parts: Parts) -> int:
         dtype=parts.model.dtype,
         attention="kernel" if config.train.attention == "cudnn" else "xla",
         logit_tokens=rows * (config.train.loss_chunk or length),
+        expert_degree=parts.rules.mesh.shape["expert"],
     ).total
 
 
@@ -158,9 +161,9 @@ def _pretrained(parts: Parts) -> Any:
 
 def _check_same_model(found: TransformerConfig, wanted: TransformerConfig, source: str) -> None:
     harmless = {"init_stddev"} if wanted.position_embedding == "learned" else {"init_stddev", "max_length"}
-    left, right = to_dict(_untrained(found)), to_dict(_untrained(wanted))
+    left, right = to_dict(found), to_dict(wanted)
     for name in left:
-        if left[name] != right[name] and name not in harmless:
+        if getattr(_untrained(found), name) != getattr(_untrained(wanted), name) and name not in harmless:
             raise UserError(
                 f"config.train.init_from={source} has {name}={left[name]}, but config.model.{name}={right[name]}; "
                 "make them equal"
