@@ -4,11 +4,11 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
-from training_cases import MODELS, initial_params, ragged_batch
+from training_cases import MODELS, initial_params
 
 from ml.errors import UserError
 from ml.models import logical_axes
-from ml.parallel import MeshConfig, Rules, make_mesh, place_batch
+from ml.parallel import MeshConfig, Rules, make_mesh
 
 
 def rules(data=1, fsdp=1, tensor=1):
@@ -63,16 +63,3 @@ def test_an_axis_that_does_not_divide_is_named():
     message = r"config.mesh.tensor=8 does not divide the model's (kv_)?heads axis of 2; choose a divisor of 2"
     with pytest.raises(UserError, match=message):
         rules(1, 1, 8).shardings(axes, params)
-
-
-@pytest.mark.parametrize("microbatches", [1, 2])
-@pytest.mark.parametrize("degrees", [(8, 1, 1), (2, 4, 1), (2, 2, 2)])
-def test_a_batch_on_the_mesh_is_the_batch(degrees, microbatches):
-    batch, layout = ragged_batch(16), rules(*degrees)
-    placed = place_batch(batch, layout, microbatches)
-    assert layout.batch_shards == degrees[0] * degrees[1]
-    for name, x in batch.items():
-        np.testing.assert_array_equal(np.asarray(placed[name]).reshape(x.shape), x)
-        assert placed[name].dtype == x.dtype
-        shard = placed[name].sharding.shard_shape(placed[name].shape)
-        assert shard == (microbatches, 16 // microbatches // layout.batch_shards, x.shape[1])
