@@ -110,10 +110,8 @@ class WatchedProcess(Watch):
             self._failed = True
             if self._hub:
                 self._roll.failed(0, status, _named(error, text), self._clock())
-            else:
-                self._connections[0].send(
-                    failed=_named(error, text), status=status, report=dataclasses.astuple(self.report)
-                )
+            for connection in [] if self._hub else self._connections.values():
+                connection.send(failed=_named(error, text), status=status, report=dataclasses.astuple(self.report))
         if self._hub:  # the others are told by this process's thread
             self._over.wait(2 * _FAREWELL + _BEAT)
 
@@ -124,8 +122,8 @@ class WatchedProcess(Watch):
             self._leaving = True
             if self._hub:
                 self._roll.done(0)
-            else:
-                self._connections[0].send(bye=True)
+            for connection in [] if self._hub else self._connections.values():
+                connection.send(bye=True)
         self._over.wait()
 
     def _run(self) -> None:
@@ -143,7 +141,7 @@ class WatchedProcess(Watch):
                 if connection.closed:
                     self._roll.closed(process)
                     connection.close()
-                    del self._connections[process]
+                    self._connections.pop(process, None)
             if self._hub:
                 self._roll.heard(0, self.report, now)
             if self._over.is_set():

@@ -74,7 +74,9 @@ def host_meeting(address: str, processes: int, me: Identity, seconds: float) -> 
                 messages = connection.receive()
                 if messages or connection.closed:
                     waiting.remove(connection)
-                if messages:
+                if connection.closed:
+                    connection.close()
+                elif messages:
                     _admit(messages[0], connection, here, processes, me)
             for process, (_, connection) in list(here.items()):
                 connection.receive()

@@ -150,6 +150,27 @@ def test_a_lost_process_is_named_by_the_other(config, tmp_path, victim, number, 
     assert "Traceback" not in other.stderr and "Check failure" not in other.stderr
 
 
+def test_a_mistake_of_one_ends_both_and_is_told_by_both(config, tmp_path):
+    """Process 1 alone cannot read its data."""
+    fails = """
+from ml.errors import UserError
+import jax, ml.train.loop as loop
+place, calls = loop.place_batch, []
+def fail(*arguments):
+    calls.append(1)
+    if len(calls) == 3 and jax.process_index() == 1:
+        raise UserError("the disk is full")
+    return place(*arguments)
+loop.place_batch = fail
+"""
+    with pair(config, tmp_path / "w", before=fails) as running:
+        assert [one.wait().returncode for one in running] == [2, 2], [one.stderr for one in running]
+    assert running[1].stderr.splitlines()[-1] == "error: the disk is full"
+    name = NAME.format(process=1, pid=running[1].pid)
+    told = rf"error: {name} failed at step 3 \(phase data\): the disk is full"
+    assert re.fullmatch(told, running[0].stderr.splitlines()[-1]), running[0].stderr
+
+
 def test_a_signal_to_one_stops_both_after_the_same_step(config, alone, tmp_path):
     with pair(config, tmp_path / "w", before=SLOWLY) as running:
         running[0].wait_until(lambda: len(rows(tmp_path / "w")) >= 2)
