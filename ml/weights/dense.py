@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 
-def _dispatch_on_weight(rule: Callable) -> Callable:
+def _dispatch_on_weight(rule: Callable) -> Any:
     """`functools.singledispatch` on the argument named ``w``, the last positional one."""
     table = functools.singledispatch(rule)
 
