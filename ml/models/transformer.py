@@ -106,6 +106,7 @@ class Transformer(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast),
             length=c.num_layers,
+            check_constancy_invariants=False,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, self.place)
         self.final_norm = block_norm(c)

@@ -153,6 +153,18 @@ class Rules:
         )
 
     @property
+    def summed_late(self) -> frozenset[str]:
+        """The mesh axes along which gradients of kernels are summed once a step, not once a microbatch.
+
+        They are whole along these axes, but made of different tokens. JAX keeps a product's partial sums apart along
+        all the axes that its tokens are cut along or along none, so one axis along which gradients are cut, or
+        residuals cut along ``tensor``, leaves nothing to sum late.
+        """
+        axes = frozenset(axis for axis in _REPLICAS if self.mesh.shape[axis] > 1)
+        tokens_cut_along_tensor = self.sequence_residual and self.mesh.shape["tensor"] > 1
+        return frozenset() if tokens_cut_along_tensor or axes & set(LAYOUTS[self.layout].gradients) else axes
+
+    @property
     def batch_shards(self) -> int:
         """Into how many parts a batch is cut."""
         return math.prod(self.mesh.shape[name] for name in _TABLE["batch"])

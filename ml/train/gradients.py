@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import PyTree
 
 from ml.models import Transformer, logical_axes
@@ -36,7 +37,7 @@ def make_gradients(
             return jax.tree.map(jnp.add, total, (grads, metrics | {"objective": objective})), None
 
         scalars = dict.fromkeys(("loss", "balance", "objective"), jnp.zeros((), jnp.float32))
-        zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), variables)
+        zeros = jax.tree.map(_zero_gradient, variables)
         (grads, metrics), _ = jax.lax.scan(accumulate, (zeros, scalars), batch)
         return jax.tree.map(_as_kept, grads, params), metrics
 
@@ -51,22 +52,36 @@ def _differentiated(
     Where the layers read what the state keeps, that is the parameters themselves. Otherwise one copy in the type of
     activations is gathered, once for all microbatches: the copy is differentiated itself where gradients are whole
     (ZeRO-1), and stands beside the shards that receive its gradient where they are cut (ZeRO-2).
-    """
-    layout = LAYOUTS[rules.layout] if rules else None
-    if rules is None or layout is None or layout.compute == layout.state:
-        return params, lambda variables: variables
 
-    def gathered(names, x):
+    Along axes where gradients are whole, those of kernels and tables stay partial sums until all microbatches are
+    done, so that they cross the network once a step (`PartitionSpec.reduced`: a copy whose gradient is not summed).
+    """
+    if rules is None:
+        return params, lambda variables: variables
+    layout, late = LAYOUTS[rules.layout], rules.summed_late
+
+    def read(path, names, x):
         spec = rules.spec(*names, kind="compute")
-        return x if spec == rules.spec(*names) else jax.reshard(x.astype(model.dtype), spec)
+        if late and path[-1].key in ("kernel", "embedding") and "expert" not in names:
+            spec = PartitionSpec(*spec, reduced=late)
+        if jax.typeof(x).sharding.spec == spec:
+            return x
+        return jax.reshard(x if layout.compute == layout.state else x.astype(model.dtype), spec)
 
     axes = logical_axes(model.config)
-    full = jax.tree.map(gathered, axes, params, is_leaf=lambda node: isinstance(node, tuple))
+    copies = jax.tree.map_with_path(read, axes, params, is_leaf=lambda node: isinstance(node, tuple))
     if layout.gradients == layout.compute:
-        return full, lambda variables: variables
+        return copies, lambda variables: variables
     return params, lambda shards: jax.tree.map(
-        lambda shard, copy: shard if jax.typeof(copy) == jax.typeof(shard) else Gathered(shard, copy), shards, full
+        lambda shard, copy: shard if jax.typeof(copy) == jax.typeof(shard) else Gathered(shard, copy), shards, copies
     )
+
+
+def _zero_gradient(x: jax.Array) -> jax.Array:
+    spec = jax.typeof(x).sharding.spec
+    if spec.reduced:
+        return jnp.zeros(x.shape, jnp.float32, out_sharding=PartitionSpec(*spec.partitions, unreduced=spec.reduced))
+    return jnp.zeros_like(x, jnp.float32)
 
 
 def _as_kept(gradient: jax.Array, param: jax.Array) -> jax.Array:
