@@ -17,7 +17,7 @@ from ml.models import Transformer, TransformerConfig, init_params, logical_axes
 from ml.models.cost import activation_memory
 from ml.optim import eval_params, make_optimizer
 from ml.parallel import Rules
-from ml.train.config import ExperimentConfig
+from ml.train.config import ExperimentConfig, TrainConfig
 from ml.train.evaluation import make_evaluate
 from ml.train.state import TrainState, init_state
 from ml.train.workdir import Workdir
@@ -52,23 +52,12 @@ def make_parts(config: ExperimentConfig, workdir: Workdir) -> Parts:
     """
     train = config.train
     rules = Rules.make(config.mesh)
-    if train.batch_size % (train.microbatches * rules.batch_shards):
-        raise UserError(
-            f"config.train.batch_size={train.batch_size} is not a multiple of microbatches={train.microbatches} x "
-            f"{rules.batch_shards} batch shards of the mesh; "
-            f"use a multiple of {train.microbatches * rules.batch_shards}"
-        )
+    check_batch(train, rules)
     prepared = prepare(config.data, workdir.path, where="config.data")
     check_vocab(prepared.tokenizer, config.model.vocab_size)
     prepared.tokenizer.save(workdir.path)
     model = make_model(config, rules)
-    tx, schedule = make_optimizer(
-        config.optimizer,
-        config.schedule,
-        total_steps=train.steps,
-        batch_size=train.batch_size,
-        axes=logical_axes(config.model),
-    )
+    tx, schedule = optimizer_of(config)
     shard = {"shard_index": jax.process_index(), "shard_count": jax.process_count()}
     rows = config.eval.batch_size or train.batch_size // train.microbatches
     if rows % rules.batch_shards:
@@ -83,6 +72,31 @@ def make_parts(config: ExperimentConfig, workdir: Workdir) -> Parts:
         loader=make_loader(prepared, global_batch_size=train.batch_size, seed=config.seed, **shard),
         heldout=heldout_batches(prepared, global_batch_size=rows, **shard),
         evaluate=make_evaluate(model, train, rules),
+    )
+
+
+def check_batch(train: TrainConfig, rules: Rules) -> None:
+    """Refuses a batch that cannot be cut into its microbatches and those into the mesh's shards.
+
+    Raises:
+      UserError: it cannot.
+    """
+    parts = train.microbatches * rules.batch_shards
+    if train.batch_size % parts:
+        raise UserError(
+            f"config.train.batch_size={train.batch_size} is not a multiple of microbatches={train.microbatches} x "
+            f"{rules.batch_shards} batch shards of the mesh; use a multiple of {parts}"
+        )
+
+
+def optimizer_of(config: ExperimentConfig) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The experiment's optimizer and its learning rate."""
+    return make_optimizer(
+        config.optimizer,
+        config.schedule,
+        total_steps=config.train.steps,
+        batch_size=config.train.batch_size,
+        axes=logical_axes(config.model),
     )
 
 
