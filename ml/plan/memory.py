@@ -88,8 +88,12 @@ class MemoryModel:
 
     def state_bytes(self, rules: Rules) -> tuple[int, int]:
         """Of parameters and of optimizer state on one device."""
-        params = sum(leaf.bytes(rules, "state") for leaf in self.params.values())
+        params = self.weight_bytes(rules, "state", 4)
         return params, sum(leaf.bytes(rules, "state") for leaf in self._state)
+
+    def weight_bytes(self, rules: Rules, kind: Kind, itemsize: int) -> int:
+        """Of all weights, or of as many gradients, on one device."""
+        return sum(leaf.bytes(rules, kind, itemsize) for leaf in self.params.values())
 
     def predict(self, config: ExperimentConfig, rules: Rules, itemsize: int = 2) -> Memory:
         """The memory of ``config``, whose model and optimizer are those that this was made for.
@@ -101,18 +105,15 @@ class MemoryModel:
         """
         train, layout, degrees = config.train, LAYOUTS[rules.layout], dict(rules.mesh.shape)
         params, opt_state = self.state_bytes(rules)
-        leaves = self.params.values()
-        copies = 0
-        if layout.compute != layout.state:
-            copies = sum(leaf.bytes(rules, "compute", itemsize) for leaf in leaves)
-        gradients = sum(leaf.bytes(rules, "gradients", 4) for leaf in leaves)
+        copies = self.weight_bytes(rules, "compute", itemsize) if layout.compute != layout.state else 0
+        gradients = self.weight_bytes(rules, "gradients", 4)
         return Memory(
             params=params,
             opt_state=0 if train.offload_optimizer else opt_state,
             ema=params if train.ema > 0 else 0,
             compute_copies=copies,
             gradients=gradients * (2 if train.microbatches > 1 else 1),
-            gathered=self.gathered_bytes(rules, itemsize) if layout.compute else 0,
+            gathered=self.gathered_bytes(rules, itemsize) if any(degrees[a] > 1 for a in layout.compute) else 0,
             activations=self._activations(config, degrees, itemsize),
             host=opt_state if train.offload_optimizer else 0,
         )

@@ -94,7 +94,7 @@ def memory_traffic(config: ExperimentConfig, rules: Rules, model: MemoryModel, i
     """
     held, train = model.predict(config, rules, itemsize), config.train
     whole = dataclasses.replace(rules, layout="ddp")
-    weights = sum(leaf.bytes(whole, "compute", itemsize) for leaf in model.params.values())
+    weights = model.weight_bytes(whole, "compute", itemsize)
     again = 0 if train.remat == "none" else 1
     one = dataclasses.replace(config, train=dataclasses.replace(train, remat="none"))
     everything = model.predict(one, rules, itemsize).activations
