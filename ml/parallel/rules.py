@@ -153,16 +153,16 @@ class Rules:
         )
 
     @property
-    def summed_late(self) -> frozenset[str]:
-        """The mesh axes along which gradients of kernels are summed once a step, not once a microbatch.
+    def partial_gradient_axes(self) -> frozenset[str]:
+        """The mesh axes along which a kernel's gradient may stay a partial sum on each device for a while.
 
-        They are whole along these axes, but made of different tokens. JAX keeps a product's partial sums apart along
-        all the axes that its tokens are cut along or along none, so one axis along which gradients are cut, or
-        residuals cut along ``tensor``, leaves nothing to sum late.
+        They cut the tokens but not the kernel. Where residuals are cut along ``tensor``, tokens enter a product cut in
+        one way and leave it in another, whose partial sums JAX does not keep apart.
         """
-        axes = frozenset(axis for axis in _REPLICAS if self.mesh.shape[axis] > 1)
+        cut = LAYOUTS[self.layout].compute
         tokens_cut_along_tensor = self.sequence_residual and self.mesh.shape["tensor"] > 1
-        return frozenset() if tokens_cut_along_tensor or axes & set(LAYOUTS[self.layout].gradients) else axes
+        axes = frozenset(axis for axis in _REPLICAS if axis not in cut and self.mesh.shape[axis] > 1)
+        return frozenset() if tokens_cut_along_tensor else axes
 
     @property
     def batch_shards(self) -> int:

@@ -53,17 +53,18 @@ def _differentiated(
     activations is gathered, once for all microbatches: the copy is differentiated itself where gradients are whole
     (ZeRO-1), and stands beside the shards that receive its gradient where they are cut (ZeRO-2).
 
-    Along axes where gradients are whole, those of kernels and tables stay partial sums until all microbatches are
-    done, so that they cross the network once a step (`PartitionSpec.reduced`: a copy whose gradient is not summed).
+    Copies of kernels and tables are typed so that their gradient is not summed over the devices at once
+    (`PartitionSpec.reduced`). Whole gradients stay partial sums until all microbatches are done and cross the network
+    once a step; those that are cut are reduced and cut in one collective.
     """
     if rules is None:
         return params, lambda variables: variables
-    layout, late = LAYOUTS[rules.layout], rules.summed_late
+    layout, apart = LAYOUTS[rules.layout], rules.partial_gradient_axes
 
     def read(path, names, x):
         spec = rules.spec(*names, kind="compute")
-        if late and path[-1].key in ("kernel", "embedding") and "expert" not in names:
-            spec = PartitionSpec(*spec, reduced=late)
+        if apart and path[-1].key in ("kernel", "embedding") and "expert" not in names:
+            spec = PartitionSpec(*spec, reduced=apart)
         if jax.typeof(x).sharding.spec == spec:
             return x
         return jax.reshard(x if layout.compute == layout.state else x.astype(model.dtype), spec)

@@ -35,7 +35,10 @@ def dot(spec: str, x: Float[Array, "..."], w: Any, *, out_sharding: PartitionSpe
     Raises:
       TypeError: no rule is registered for the type of ``w``.
     """
-    return _separate_gradient(jnp.einsum(spec, x, _array(w).astype(x.dtype), out_sharding=out_sharding))
+    w = _array(w)
+    if out_sharding and (token_axes := _gathered_along(spec, x, w, out_sharding)):
+        return _separate_gradient(_dot_of_shards(spec, out_sharding, token_axes, x, w))
+    return _separate_gradient(jnp.einsum(spec, x, w.astype(x.dtype), out_sharding=out_sharding))
 
 
 @_dispatch_on_weight
@@ -73,6 +76,62 @@ def take(
 def materialize(w: Any) -> Float[Array, "..."]:
     """The dense array that a leaf stands for (for biases, norm scales and export)."""
     return _array(w)
+
+
+def _gathered_along(spec: str, x: jax.Array, w: jax.Array, out: PartitionSpec) -> frozenset[str]:
+    """The mesh axes that cut the tokens of ``x``, if ``w`` is cut along some of them and must be gathered (ZeRO-3).
+
+    None where tokens enter cut in one way and leave in another: then the compiler chooses.
+    """
+    inputs, of_out = spec.split("->")
+    of_x, of_w = inputs.split(",")
+    entries = dict(zip(of_x, jax.typeof(x).sharding.spec.partitions, strict=True))
+    results = dict(zip(of_out, out.partitions, strict=True))
+    tokens = [label for label in of_x if label not in of_w]
+    cut = frozenset(axis for label in tokens for axis in _axes(entries[label]))
+    held = {axis for entry in jax.typeof(w).sharding.spec.partitions for axis in _axes(entry)}
+    if any(entries[label] != results[label] for label in tokens) or not cut & held:
+        return frozenset()
+    return cut
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _dot_of_shards(
+    spec: str, out_sharding: PartitionSpec, token_axes: frozenset[str], x: jax.Array, w: jax.Array
+) -> jax.Array:
+    """A product with a weight that is gathered for it, and again for its gradient, so that no one keeps it whole.
+
+    The weight's gradient stays a partial sum on each device until it is reduced and cut in one collective. Left to
+    itself the compiler sums it whole on every device, since its transposition stands between the two.
+    """
+    return jnp.einsum(spec, x, _whole(w.astype(x.dtype), token_axes), out_sharding=out_sharding)
+
+
+def _dot_of_shards_forward(spec, out_sharding, token_axes, x, w):
+    return _dot_of_shards(spec, out_sharding, token_axes, x, w), (x, w)
+
+
+def _dot_of_shards_backward(spec, out_sharding, token_axes, saved, gradient):
+    x, w = saved
+    whole = _whole(w.astype(x.dtype), token_axes)
+    _, pullback = jax.vjp(lambda *xw: jnp.einsum(spec, *xw, out_sharding=out_sharding), x, whole)
+    of_x, of_w = pullback(gradient)
+    of_w = jax.lax.optimization_barrier(of_w.astype(w.dtype))
+    kept = jax.typeof(w).sharding.spec
+    held = frozenset(axis for entry in kept.partitions for axis in _axes(entry))
+    # Cut first, so that less is summed along the other axes: here, or where `w` is typed so, by the caller once a step.
+    of_w = jax.reshard(of_w, PartitionSpec(*kept.partitions, unreduced=token_axes - held))
+    return of_x, jax.reshard(of_w, PartitionSpec(*kept.partitions, unreduced=kept.reduced))
+
+
+_dot_of_shards.defvjp(_dot_of_shards_forward, _dot_of_shards_backward)
+
+
+def _whole(w: jax.Array, token_axes: frozenset[str]) -> jax.Array:
+    """``w`` gathered along ``token_axes``, typed so that its gradient is not summed along them."""
+    entries = jax.typeof(w).sharding.spec.partitions
+    kept = [tuple(axis for axis in _axes(entry) if axis not in token_axes) or None for entry in entries]
+    return jax.reshard(w, PartitionSpec(*kept, reduced=token_axes))
 
 
 @jax.custom_vjp

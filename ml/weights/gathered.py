@@ -39,8 +39,10 @@ def _attach(dtype: Any, spec: PartitionSpec | None, full: jax.Array, shard: jax.
 
 
 def _backward(dtype: Any, spec: PartitionSpec | None, _: None, gradient: jax.Array) -> tuple[None, jax.Array]:
-    gradient = gradient.astype(dtype)
-    return None, gradient if spec is None else jax.reshard(gradient, spec)
+    if spec is None:
+        return None, gradient.astype(dtype)
+    # The barrier keeps the compiler from moving the product's transposition between the sum and the cut.
+    return None, jax.reshard(jax.lax.optimization_barrier(gradient), spec).astype(dtype)
 
 
 _attach.defvjp(lambda dtype, spec, full, shard: (full, None), _backward)
