@@ -22,6 +22,7 @@ _SHARE = {
 }
 _NAME = re.compile(r'op_name="([^"]*)"')
 _IOTA = re.compile(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_ORDER = re.compile(r"\[([\d,]+)\]T\(([\d,]+)\)")
 _NAMED = re.compile(r"replica_groups=mesh\[(?P<mesh>[^\]]*)\](?:, device_ids=\((?P<ids>.*?)\))? \{(?P<axes>[^}]*)\}")
 
 
@@ -146,8 +147,8 @@ def _named_groups(match: re.Match[str]) -> np.ndarray:
     sizes = {name: int(size) for name, size in re.findall(r"'?([^',=]+)'?=(\d+)", match["mesh"])}
     ids = np.arange(np.prod(list(sizes.values())))
     if match["ids"]:
-        iota = _IOTA.search(match["ids"])
-        ids = _iota(*iota.groups()).reshape(-1) if iota else np.array(re.findall(r"\d+", match["ids"]), int)
+        order = _ORDER.fullmatch(match["ids"])  # ``[2,4]T(1,0)``: as many numbers, shaped and transposed
+        ids = _iota("-1", *order.groups()) if order else np.array(re.findall(r"\d+", match["ids"]), int)
     wanted = re.findall(r"'?([^',:]+)'?(?::\((\d+)\)(\d+))?(?:,|$)", match["axes"])
     parts = {name: (int(before or 1), int(size or sizes[name])) for name, before, size in wanted}
     shape: list[int] = []
