@@ -43,6 +43,15 @@ class MoEConfig:
       mlp_dim: hidden width of one expert.
       normalize_top_k: renormalize the chosen router probabilities to sum to one.
       aux_loss_weight: weight of the load-balancing loss (Switch Transformer, eq. 4).
+      balance_over: the tokens whose expert frequencies enter that loss. ``microbatch``: all of a microbatch, whatever
+        the mesh; ``batch``: all of the optimizer step so far, over its microbatches ("Demons in the Detail", Qiu et al.
+        2025), which balances the corpus rather than each sequence; ``shard``: each device's own part of a microbatch,
+        averaged over devices, so the loss depends on the mesh.
+      bias_update_rate: step by which a bias that only chooses experts follows their load after each optimizer step
+        (DeepSeek-V3); 0: there is no bias.
+      exchange: how tokens reach experts on other devices. ``ragged``: each row goes to the owner of its expert and
+        comes back (TPU and GPU); ``gather``: every device of the expert axis gathers the axis' tokens, and sums are
+        scattered back; ``auto``: whichever exists on the mesh's platform and moves less.
     """
 
     num_experts: int
@@ -50,8 +59,13 @@ class MoEConfig:
     mlp_dim: int
     normalize_top_k: bool = True
     aux_loss_weight: float = 0.01
+    balance_over: Literal["shard", "microbatch", "batch"] = "microbatch"
+    bias_update_rate: float = 0.0
+    exchange: Literal["auto", "ragged", "gather"] = "auto"
 
     def __post_init__(self):
+        if self.bias_update_rate < 0:
+            raise ValueError(f"moe.bias_update_rate={self.bias_update_rate} must not be negative; 0 means no bias")
         if not 1 <= self.top_k <= self.num_experts:
             raise ValueError(f"moe.top_k={self.top_k} must lie between 1 and num_experts={self.num_experts}")
 

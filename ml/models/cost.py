@@ -9,7 +9,8 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from ml.errors import UserError, nearest
-from ml.models.config import TransformerConfig
+from ml.models.config import MoEConfig, TransformerConfig
+from ml.models.moe.exchange import buffer_rows
 from ml.models.transformer import REMAT_POLICIES
 from pallas_kernels.flash_attention import xla
 
@@ -142,6 +143,7 @@ def parameter_count(config: TransformerConfig) -> ParameterCount:
     else:
         expert = 3 * c.embed_dim * c.moe.mlp_dim
         layer += c.embed_dim * c.moe.num_experts + c.moe.num_experts * expert
+        layer += c.moe.num_experts if c.moe.bias_update_rate else 0
         idle = (c.moe.num_experts - c.moe.top_k) * expert
     embedding = c.embed_dim * (c.vocab_size + (c.max_length if c.position_embedding == "learned" else 0))
     unembedding = 0 if c.tie_embeddings else c.embed_dim * c.vocab_size
@@ -198,6 +200,7 @@ def activation_memory(
     dtype: Any = jnp.float32,
     attention: Literal["xla", "kernel"] = "xla",
     logit_tokens: int | None = None,
+    expert_degree: int = 1,
 ) -> ActivationMemory:
     """Predicts the bytes of activations of one microbatch, forward and backward, on one device.
 
@@ -214,6 +217,8 @@ def activation_memory(
       dtype: of activations.
       attention: ``xla`` keeps slices of keys and, under ``dots``, the scores; a fused ``kernel`` keeps neither.
       logit_tokens: tokens whose logits are held at once; ``None``: all of them.
+      expert_degree: devices over which the experts are spread; each then has buffers for the rows that all of them may
+        send to it (`ml.models.moe.exchange.buffer_rows`), mostly empty.
 
     Raises:
       UserError: unknown policy.
@@ -223,7 +228,7 @@ def activation_memory(
     c, size = config, jnp.dtype(dtype).itemsize
     tokens = batch * length
     columns, scores = _blocks(c, length) if attention == "xla" else (1.0, 0.0)
-    everything = _everything(c, size, columns)
+    everything = _everything(c, size, columns, expert_degree)
     casts = 0
     if remat == "offload":
         kept = 0.0
@@ -237,7 +242,7 @@ def activation_memory(
         kept = size * _kernel_outputs(c) + (4 * c.moe.num_experts if c.moe else 0)
         if remat == "dots" and attention == "xla":
             kept += 4 * c.num_heads * (scores + c.head_dim)
-    widest = c.mlp_dim if c.moe is None else c.moe.top_k * c.moe.mlp_dim
+    widest = c.mlp_dim if c.moe is None else _routed_rows(c.moe, expert_degree) * c.moe.mlp_dim
     block = everything + size * widest + 4 * c.num_heads * scores
     head = 4 * _LOGIT_COPIES * c.vocab_size + 4 * size * c.embed_dim
     return ActivationMemory(
@@ -277,13 +282,19 @@ def _kernel_outputs(c: TransformerConfig) -> int:
     return values
 
 
-def _everything(c: TransformerConfig, size: int, columns: float) -> float:
+def _routed_rows(moe: MoEConfig, expert_degree: int) -> int:
+    """Rows of an expert buffer for each of a device's tokens."""
+    return buffer_rows(1, expert_degree, moe.num_experts, moe.top_k)
+
+
+def _everything(c: TransformerConfig, size: int, columns: float, expert_degree: int) -> float:
     """Bytes per token and layer of all that differentiation keeps where nothing is computed again.
 
     Args:
       c: the architecture.
       size: bytes of an activation.
       columns: how often each key is held.
+      expert_degree: devices over which the experts are spread.
     """
     # A norm works in float32: its input, the square's derivative, its result before scaling, and two scalars.
     norm = 4.0 * (3 * c.embed_dim + 2)
@@ -299,7 +310,7 @@ def _everything(c: TransformerConfig, size: int, columns: float) -> float:
     inner = 4 if c.activation == "gelu_tanh" else 3
     if c.moe is None:
         return kept + size * c.mlp_dim * (inner + (3 if c.gated_mlp else 1))
-    routed = size * c.moe.top_k * (c.moe.mlp_dim * (inner + 3) + 2 * c.embed_dim)
+    routed = size * _routed_rows(c.moe, expert_degree) * (c.moe.mlp_dim * (inner + 3) + 2 * c.embed_dim)
     return kept + routed + 4 * 3 * c.moe.num_experts
 
 

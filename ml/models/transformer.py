@@ -7,13 +7,13 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ml.models import rope
 from ml.models.attention import AttentionLayer, AttentionStrategy, SelfAttention
 from ml.models.config import RopeConfig, TransformerConfig
 from ml.models.layers import MLP, Attention, Projection, block_norm
-from ml.models.moe import MoE
+from ml.models.moe import MoE, MoEStats
 from ml.models.parameters import LogicalAxes, Placement, placed, unplaced, weight
 from ml.weights import dot, take
 
@@ -38,6 +38,7 @@ class _PerLayer:
 
     index: Int[Array, " layers"]
     local: Int[Array, " layers"]
+    expert_counts: Int[Array, "layers experts"] | None = None
 
 
 class Block(nn.Module):
@@ -47,8 +48,11 @@ class Block(nn.Module):
     place: Placement = unplaced
 
     @nn.compact
-    def __call__(self, carry, per_layer: _PerLayer, strategy: AttentionStrategy, rotations):
-        """Carries (residual stream, attention state, summed balancing loss) through one layer."""
+    def __call__(self, carry, per_layer: _PerLayer, strategy: AttentionStrategy, rotations, valid=None):
+        """Carries (residual stream, attention state, summed balancing loss) through one layer.
+
+        Beside the carry it returns how often each of its experts was chosen; ``None`` without experts.
+        """
         c = self.config
         x, state, balance = carry
         x = checkpoint_name(x, "residual")
@@ -66,15 +70,16 @@ class Block(nn.Module):
         if not c.parallel_block:
             x = x + attended
             normed = block_norm(c, "mlp_norm")(x)
+        counts = None
         if c.moe is None:
             out = MLP(c, self.place, name="mlp")(normed)
         else:
-            out, layer_balance = MoE(c, self.place, name="moe")(normed)
-            balance = balance + layer_balance
+            out, stats = MoE(c, self.place, name="moe")(normed, valid, per_layer.expert_counts)
+            balance, counts = balance + stats.balance, stats.counts
         if c.post_norms:
             out = block_norm(c, "post_mlp_norm")(out)
         x = x + attended + out if c.parallel_block else x + out
-        return (x, state, balance), None
+        return (x, state, balance), counts
 
 
 class Transformer(nn.Module):
@@ -104,7 +109,7 @@ class Transformer(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.num_layers,
             check_constancy_invariants=False,
             metadata_params={nn.PARTITION_NAME: "layers"},
@@ -126,7 +131,9 @@ class Transformer(nn.Module):
         strategy: AttentionStrategy | None = None,
         positions: Int[Array, "batch length"] | None = None,
         state: Any = None,
-    ) -> tuple[Float[Array, "batch length embed"], Any, Float[Array, ""]]:
+        valid: Bool[Array, "batch length"] | None = None,
+        expert_counts: Int[Array, "layers experts"] | None = None,
+    ) -> tuple[Float[Array, "batch length embed"], Any, MoEStats]:
         """Runs all blocks.
 
         Args:
@@ -134,10 +141,13 @@ class Transformer(nn.Module):
           strategy: how to attend; default: causal attention within each row.
           positions: index of each token in its document; default ``0, 1, 2...``.
           state: the strategy's state, such as a KV cache.
+          valid: which tokens are more than padding, and so count in the experts' load; default: all.
+          expert_counts: how often each expert was chosen in earlier microbatches of the same optimizer step, for
+            ``moe.balance_over="batch"``; default: there are none.
 
         Returns:
-          The final normed hidden states (give them to `logits`), the new state, and the mixture-of-experts balancing
-          loss averaged over layers (0 for dense models).
+          The final normed hidden states (give them to `logits`), the new state, and how the experts were used: the
+          balancing loss averaged over layers, and this microbatch's counts ``[layers, experts]``.
         """
         c = self.config
         strategy = SelfAttention() if strategy is None else strategy
@@ -153,10 +163,13 @@ class Transformer(nn.Module):
             )
 
         local = jnp.array([c.is_local(i) for i in range(c.num_layers)])
-        per_layer = _PerLayer(jnp.arange(c.num_layers), local)
+        per_layer = _PerLayer(jnp.arange(c.num_layers), local, expert_counts)
         carry = (x, state, jnp.zeros((), jnp.float32))
-        (x, state, balance), _ = self.layers(carry, per_layer, strategy, _rotations(c, positions))
-        return placed(self.final_norm(x), self.place("batch", "length", None)), state, balance / c.num_layers
+        (x, state, balance), counts = self.layers(carry, per_layer, strategy, _rotations(c, positions), valid)
+        if counts is None:
+            counts = jnp.zeros((c.num_layers, 0), jnp.int32)
+        hidden = placed(self.final_norm(x), self.place("batch", "length", None))
+        return hidden, state, MoEStats(balance / c.num_layers, counts)
 
     def logits(self, hidden: Float[Array, "batch length embed"]) -> Float[Array, "batch length vocab"]:
         """Logits, float32, of hidden states that `__call__` returned; reads only `head_params`."""

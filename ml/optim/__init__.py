@@ -11,6 +11,7 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import optax
 
 from ml import config as configuration
@@ -20,7 +21,7 @@ from ml.optim.elementwise import adamw, lion, nadamw, sgd
 from ml.optim.lamb import lamb
 from ml.optim.lars import lars, lars_2017
 from ml.optim.learning_rate_free import cocob, dadapt_adamw, dog, dowg, mechanic_adamw, prodigy
-from ml.optim.masks import EXCLUDED, excluding
+from ml.optim.masks import EXCLUDED, excluding, path_names
 from ml.optim.memory_saving import adafactor, sm3
 from ml.optim.muon import muon
 from ml.optim.schedule_free import averaged_params, schedule_free_adamw, schedule_free_sgd
@@ -61,6 +62,12 @@ OPTIMIZERS: Mapping[str, Callable[..., optax.GradientTransformation]] = types.Ma
         "cocob": cocob,
     }
 )
+
+
+NO_OUTSIDE_MOVES = frozenset({"schedule_free_adamw", "schedule_free_sgd", "mechanic_adamw", "cocob", "dog", "dowg"})
+"""Optimizers that work out a parameter from their own state, or a rate from how far all parameters have come: a
+parameter that something else moves (the router's bias, `ml.models.moe.update_router_bias`) would be put back, or would
+set the rate."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,8 +119,14 @@ def make_optimizer(
         are tensors of their own.
 
     Raises:
-      UserError: a schedule that does not fit ``total_steps``.
+      UserError: a schedule that does not fit ``total_steps``; an optimizer that cannot leave the router's bias alone.
     """
+    paths = [path_names(path) for path, _ in jax.tree.leaves_with_path(axes, is_leaf=lambda x: isinstance(x, tuple))]
+    if optimizer.name in NO_OUTSIDE_MOVES and any(path[-2:] == ("router", "bias") for path in paths):
+        raise UserError(
+            f"optimizer.name={optimizer.name} cannot train beside a router bias that follows the load; set "
+            "model.moe.bias_update_rate=0, or choose another optimizer, such as lamb or adamw"
+        )
     rate = make_schedule(schedule, optimizer.learning_rate, total_steps=total_steps, batch_size=batch_size)
     inputs = Inputs(rate, optimizer.weight_decay, excluding(optimizer.no_decay), axes)
     transform = OPTIMIZERS[optimizer.name](inputs, **_checked_options(optimizer.name, optimizer.options))

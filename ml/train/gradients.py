@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import PyTree
+from jaxtyping import Array, Int, PyTree
 
 from ml.models import Transformer, logical_axes
 from ml.parallel import LAYOUTS, Rules
@@ -16,8 +16,10 @@ from ml.weights import Gathered
 
 def make_gradients(
     model: Transformer, config: TrainConfig, rules: Rules | None
-) -> Callable[[PyTree, Batch], tuple[PyTree, Metrics]]:
-    """Returns ``(params, batch [microbatches, rows, length]) -> (gradients, metrics)``, summed over counted tokens.
+) -> Callable[[PyTree, Batch], tuple[PyTree, Metrics, Int[Array, "layers experts"]]]:
+    """Returns ``(params, batch [microbatches, rows, length]) -> (gradients, metrics, expert counts)``, all sums.
+
+    Gradients and metrics are summed over counted tokens; the last says how often each expert was chosen.
 
     Gradients are float32 and leave cut as the parameters are kept, however they were accumulated.
 
@@ -26,20 +28,22 @@ def make_gradients(
       config: of training.
       rules: the layout; ``None``: off any mesh.
     """
-    loss = make_loss(model, config)
+    loss, moe = make_loss(model, config), model.config.moe
 
     def gradients(params, batch):
         variables, weights_of = _differentiated(params, model, rules)
-        grad_of = jax.value_and_grad(lambda v, microbatch: loss(weights_of(v), microbatch), has_aux=True)
+        grad_of = jax.value_and_grad(lambda v, *rest: loss(weights_of(v), *rest), has_aux=True)
 
         def accumulate(total, microbatch):
-            (objective, metrics), grads = grad_of(variables, microbatch)
+            (objective, metrics), grads = grad_of(variables, microbatch, total[1]["expert_counts"])
             return jax.tree.map(jnp.add, total, (grads, metrics | {"objective": objective})), None
 
         scalars = dict.fromkeys(("loss", "balance", "objective"), jnp.zeros((), jnp.float32))
+        scalars["expert_counts"] = jnp.zeros((model.config.num_layers, moe.num_experts if moe else 0), jnp.int32)
         zeros = jax.tree.map(_zero_gradient, variables)
         (grads, metrics), _ = jax.lax.scan(accumulate, (zeros, scalars), batch)
-        return jax.tree.map(_as_kept, grads, params), metrics
+        expert_counts = metrics.pop("expert_counts")
+        return jax.tree.map(_as_kept, grads, params), metrics, expert_counts
 
     return gradients
 

@@ -1,6 +1,7 @@
 """Next-token cross-entropy whose logits never exist for the whole batch at once."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +25,7 @@ def chunked_loss(
 
     The gradient with respect to ``head`` and ``hidden`` is computed chunk by chunk in the forward pass, while the
     logits exist, and only scaled in the backward pass: nothing is computed twice, and the largest array is
-    ``[batch, chunk, vocab]``.
+    ``[batch, chunk, vocab]``. Where the length is cut over devices, each takes its share of a chunk from its own part.
 
     Args:
       logits_of: ``(head, hidden) -> logits [batch, length, vocab]``.
@@ -39,26 +40,34 @@ def chunked_loss(
       The objective (cross-entropy plus z-loss) and the cross-entropy alone, both in nats and summed over tokens. Only
       the objective has a gradient.
     """
-    parts = [_sum(logits_of(head, h), t, m, z_loss) for h, t, m in _chunks(hidden, targets, mask, chunk)]
-    objective, cross_entropy = jax.tree.map(lambda *leaves: sum(leaves), *parts)
-    return objective, cross_entropy
+    chunks = _Chunks(hidden, chunk)
+
+    def add(totals: Any, start: Any, size: int) -> Any:
+        h, t, m = (chunks.take(x, start, size) for x in (hidden, targets, mask))
+        part = _sum(logits_of(head, h), t, m, z_loss)
+        return part if totals is None else jax.tree.map(jnp.add, totals, part)
+
+    return chunks.fold(add)
 
 
 def _forward(logits_of, head, hidden, targets, mask, z_loss, chunk):
+    chunks, gathered = _Chunks(hidden, chunk), _gathered(head, hidden)
+
     def chunk_loss(head, h, t, m):
         return _sum(logits_of(head, h), t, m, z_loss)
 
-    totals, head_grad, hidden_grads = None, None, []
-    for h, t, m in _chunks(hidden, targets, mask, chunk):
-        if totals is not None:  # one chunk after another, or the logits of all of them would exist together
-            h, totals, head_grad = jax.lax.optimization_barrier((h, totals, head_grad))
-        objective, pullback, cross_entropy = jax.vjp(functools.partial(chunk_loss, t=t, m=m), head, h, has_aux=True)
-        part_head, part_hidden = pullback(jnp.ones_like(objective))
-        part = (objective, cross_entropy)
-        totals = part if totals is None else jax.tree.map(jnp.add, totals, part)
-        head_grad = part_head if head_grad is None else jax.tree.map(jnp.add, head_grad, part_head)
-        hidden_grads.append(part_hidden)
-    return totals, (head_grad, jnp.concatenate(hidden_grads, axis=1))
+    def add(sums, start, size):
+        h, t, m = (chunks.take(x, start, size) for x in (hidden, targets, mask))
+        objective, pullback, cross_entropy = jax.vjp(functools.partial(chunk_loss, t=t, m=m), gathered, h, has_aux=True)
+        head_grad, part = pullback(jnp.ones_like(objective))
+        head_grad = jax.tree.map(_like, head_grad, head)
+        new = ((objective, cross_entropy), head_grad)
+        if sums is None:
+            return new, chunks.put(jnp.zeros_like(hidden), part, start)
+        return jax.tree.map(jnp.add, sums[0], new), chunks.put(sums[1], part, start)
+
+    (totals, head_grad), hidden_grad = chunks.fold(add)
+    return totals, (head_grad, hidden_grad)
 
 
 def _backward(logits_of, z_loss, chunk, saved, cotangents):
@@ -77,12 +86,75 @@ def _beside(gradient, scale):
     return jax.reshard(scale, PartitionSpec(reduced=axes)) if axes else scale
 
 
-def _chunks(hidden, targets, mask, chunk):
-    length = hidden.shape[1]
-    size = chunk or length
-    for start in range(0, length, size):
-        part = slice(start, start + size)
-        yield hidden[:, part], targets[:, part], mask[:, part]
+class _Chunks:
+    """Cuts axis 1 of arrays placed as ``hidden`` is: every shard's part of the length into pieces of its own."""
+
+    def __init__(self, hidden: jax.Array, chunk: int):
+        sharding = jax.typeof(hidden).sharding
+        self.place = None if sharding.mesh.empty else sharding.spec
+        self.shards = math.prod(sharding.mesh.shape[name] for entry in sharding.spec[1:2] for name in _names(entry))
+        self.length = hidden.shape[1] // self.shards
+        self.size = min(max(1, chunk // self.shards), self.length) if chunk else self.length
+
+    def fold(self, add: Callable[[Any, Any, int], Any]) -> Any:
+        """Threads ``add(sums, start, size) -> sums`` through all chunks, beginning with ``None`` and the odd one."""
+        rest = (self.length - 1) // self.size
+        first = self.length - rest * self.size
+        sums = add(None, 0, first)
+        if not rest:
+            return sums
+        starts = first + self.size * jnp.arange(rest)
+        return jax.lax.scan(lambda sums, start: (add(sums, start, self.size), None), sums, starts)[0]
+
+    def take(self, x: jax.Array, start: Any, size: int) -> jax.Array:
+        """The chunk ``[batch, shards * size, ...]`` of ``x [batch, length, ...]``."""
+        part = jax.lax.dynamic_slice_in_dim(self._by_shard(x), start, size, axis=2)
+        return self._whole(part)
+
+    def put(self, x: jax.Array, part: jax.Array, start: Any) -> jax.Array:
+        """``x`` with a chunk replaced."""
+        return self._whole(jax.lax.dynamic_update_slice_in_dim(self._by_shard(x), self._by_shard(part), start, axis=2))
+
+    def _by_shard(self, x: jax.Array) -> jax.Array:
+        """As ``[batch, shards, part, ...]``, which moves nothing."""
+        place = self._spec(x.ndim)
+        x = x if place is None else jax.reshard(x, place)
+        shape = (x.shape[0], self.shards, x.shape[1] // self.shards, *x.shape[2:])
+        place = None if place is None else PartitionSpec(*place[:2], None, *place[2:])
+        return jax.lax.reshape(x, shape, out_sharding=place)
+
+    def _whole(self, x: jax.Array) -> jax.Array:
+        shape = (x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:])
+        return jax.lax.reshape(x, shape, out_sharding=self._spec(x.ndim - 1))
+
+    def _spec(self, rank: int) -> PartitionSpec | None:
+        return None if self.place is None else PartitionSpec(*self.place[:rank])
+
+
+def _gathered(head: Any, hidden: jax.Array) -> Any:
+    """The plain arrays of ``head`` as a product with ``hidden`` reads them, gathered once and not chunk by chunk."""
+    sharding = jax.typeof(hidden).sharding
+    tokens = {name for entry in sharding.spec[:2] for name in _names(entry)}
+
+    def gather(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array) or sharding.mesh.empty:
+            return leaf
+        spec = (tuple(name for name in _names(entry) if name not in tokens) for entry in jax.typeof(leaf).sharding.spec)
+        return jax.reshard(leaf.astype(hidden.dtype), PartitionSpec(*(names or None for names in spec)))
+
+    return jax.tree.map(gather, head, is_leaf=lambda node: not isinstance(node, dict))
+
+
+def _like(x: jax.Array, other: jax.Array) -> jax.Array:
+    """``x`` in the type and place of ``other``."""
+    kind = jax.typeof(other)
+    x = x.astype(kind.dtype)
+    return x if jax.typeof(x).sharding == kind.sharding else jax.reshard(x, kind.sharding.spec)
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    """The mesh axes of an entry of a `PartitionSpec`."""
+    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
 
 
 def _sum(logits, targets, mask, z_loss):

@@ -13,22 +13,32 @@ Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
 
-def make_loss(model: Transformer, config: TrainConfig) -> Callable[[Any, Batch], tuple[jax.Array, Metrics]]:
-    """Returns ``(params, microbatch) -> (objective, metrics)``, both summed over the microbatch's counted tokens."""
+def make_loss(model: Transformer, config: TrainConfig) -> Callable[..., tuple[jax.Array, Metrics]]:
+    """Returns ``(params, microbatch, expert_counts=None) -> (objective, metrics)``, summed over counted tokens.
+
+    ``expert_counts [layers, experts]`` are those of the same step's earlier microbatches; ``metrics`` holds this one's.
+    """
     moe = model.config.moe
 
     def logits_of(head, hidden):
         return model.apply({"params": head}, hidden, method="logits")
 
-    def loss(params, batch):
+    def loss(params, batch, expert_counts=None):
         strategy = SelfAttention(batch["segment_ids"], config.attention)
-        outputs: Any = model.apply({"params": params}, batch["tokens"], strategy, batch["positions"])
-        hidden, _, balance = outputs
+        outputs: Any = model.apply(
+            {"params": params},
+            batch["tokens"],
+            strategy,
+            batch["positions"],
+            valid=batch["segment_ids"] > 0,
+            expert_counts=expert_counts,
+        )
+        hidden, _, stats = outputs
         head, mask = head_params(model.config, params), batch["loss_mask"]
         objective, nll = chunked_loss(logits_of, head, hidden, batch["targets"], mask, config.z_loss, config.loss_chunk)
-        balance = balance * mask.sum()
+        balance = stats.balance * mask.sum()
         if moe is not None:
             objective = objective + moe.aux_loss_weight * balance
-        return objective, {"loss": nll, "balance": balance}
+        return objective, {"loss": nll, "balance": balance, "expert_counts": stats.counts}
 
     return loss

@@ -13,7 +13,7 @@ from ml.checkpoint.pretrained import leaf_path, load_model, load_model_config
 from ml.config import to_dict
 from ml.data import HeldoutBatches, Loader, Prepared, check_vocab, heldout_batches, make_loader, prepare
 from ml.errors import UserError
-from ml.models import Transformer, TransformerConfig, init_params, logical_axes
+from ml.models import MoEConfig, Transformer, TransformerConfig, init_params, logical_axes
 from ml.models.cost import activation_memory
 from ml.optim import eval_params, make_optimizer
 from ml.parallel import Rules
@@ -164,10 +164,18 @@ def _pretrained(parts: Parts) -> Any:
 
 def _check_same_model(found: TransformerConfig, wanted: TransformerConfig, source: str) -> None:
     harmless = {"init_stddev"} if wanted.position_embedding == "learned" else {"init_stddev", "max_length"}
-    left, right = to_dict(found), to_dict(wanted)
+    left, right = to_dict(_untrained(found)), to_dict(_untrained(wanted))
     for name in left:
         if left[name] != right[name] and name not in harmless:
             raise UserError(
                 f"config.train.init_from={source} has {name}={left[name]}, but config.model.{name}={right[name]}; "
                 "make them equal"
             )
+
+
+def _untrained(config: TransformerConfig) -> TransformerConfig:
+    """The model without the settings that say how its experts are trained, other than whether they have a bias."""
+    if config.moe is None:
+        return config
+    kept = {name: getattr(config.moe, name) for name in ("num_experts", "top_k", "mlp_dim", "normalize_top_k")}
+    return dataclasses.replace(config, moe=MoEConfig(**kept, bias_update_rate=float(config.moe.bias_update_rate > 0)))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from ml.models import Transformer
+from ml.models.moe import update_router_bias
 from ml.parallel import Rules
 from ml.train.config import TrainConfig
 from ml.train.gradients import make_gradients
@@ -34,17 +35,20 @@ def make_train_step(
       config: of training.
       rules: the layout; ``None``: off any mesh.
     """
-    gradients = make_gradients(model, config, rules)
+    gradients, moe = make_gradients(model, config, rules), model.config.moe
 
     def train_step(state, batch):
         tokens = batch["loss_mask"].sum()
-        grads, metrics = jax.tree.map(lambda x: x / jnp.maximum(tokens, 1), gradients(state.params, batch))
+        *sums, expert_counts = gradients(state.params, batch)
+        grads, metrics = jax.tree.map(lambda x: x / jnp.maximum(tokens, 1), sums)
         old_opt_state = moved_to_device(state.opt_state) if config.offload_optimizer else state.opt_state
 
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics["objective"])
         updates, opt_state = tx.update(grads, old_opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        if moe and moe.bias_update_rate:
+            params = update_router_bias(params, expert_counts, moe.bias_update_rate)
         ema = state.ema and jax.tree.map(lambda a, p: config.ema * a + (1 - config.ema) * p, state.ema, params)
         params, opt_state, ema = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),

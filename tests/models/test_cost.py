@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ml.errors import UserError
-from ml.models import MoEConfig, SelfAttention, Transformer, TransformerConfig, init_params
+from ml.models import MoEConfig, SelfAttention, Transformer, TransformerConfig, init_params, logical_axes
 from ml.models.cost import (
     CHIPS,
     activation_memory,
@@ -19,6 +19,7 @@ from ml.models.cost import (
     train_flops_per_token,
     visible_keys,
 )
+from ml.parallel import MeshConfig, Rules, make_mesh
 
 _SMALL = TransformerConfig(
     vocab_size=97, num_layers=3, embed_dim=24, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=40, max_length=64
@@ -40,6 +41,7 @@ _OPTIONS = {
     "parallel": {"parallel_block": True},
     "tied": {"tie_embeddings": True},
     "moe": {"moe": _MOE},
+    "moe_with_router_bias": {"moe": dataclasses.replace(_MOE, bias_update_rate=0.01)},
     "moe_with_mlp_bias_set": {"moe": _MOE, "mlp_bias": True, "gated_mlp": False},
 }
 
@@ -120,10 +122,10 @@ def test_windows_count_layer_by_layer():
 
 def _loss(model):
     def loss(params, tokens):
-        hidden, _, balance = model.apply({"params": params}, tokens, SelfAttention(implementation="xla"))
+        hidden, _, stats = model.apply({"params": params}, tokens, SelfAttention(implementation="xla"))
         logits = model.apply({"params": params}, hidden, method="logits")
         chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-        return balance + jnp.mean(jax.nn.logsumexp(logits, axis=-1) - chosen)
+        return stats.balance + jnp.mean(jax.nn.logsumexp(logits, axis=-1) - chosen)
 
     return loss
 
@@ -196,6 +198,20 @@ def test_saved_activations_equal_what_the_traced_loop_stacks(case, remat):
     # Versions of JAX differ by one array in what the derivative of tanh-GELU keeps.
     tolerance = 0.05 if config.activation == "gelu_tanh" else 0.01
     assert predicted.saved == pytest.approx(_stacked_bytes(traced.jaxpr, layers=3), rel=tolerance)
+
+
+def test_saved_activations_with_experts_spread_over_devices():
+    config = dataclasses.replace(_WIDE, num_layers=3, moe=MoEConfig(8, 2, 128))
+    rules = Rules(make_mesh(MeshConfig(data=1, expert=4), jax.devices()[:4]))
+    batch, length = 8, 128
+    shardings = rules.shardings(logical_axes(config), _shapes(config))
+    placed = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
+    with jax.set_mesh(rules.mesh):
+        params = jax.tree.map(placed, _shapes(config), shardings)
+        tokens = placed(jax.ShapeDtypeStruct((batch, length), jnp.int32), rules.sharding("batch", "length"))
+        traced = jax.make_jaxpr(jax.grad(_loss(Transformer(config, place=rules.spec))))(params, tokens)
+    predicted = activation_memory(config, batch=batch // 4, length=length, remat="none", expert_degree=4)
+    assert predicted.saved == pytest.approx(_stacked_bytes(traced.jaxpr, layers=3) / 4, rel=0.05)
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "dots_no_batch", "full"])

@@ -302,6 +302,17 @@ def test_export_names_the_option_in_the_way(changes, named):
     assert named in str(raised.value)
 
 
+def test_a_router_bias_cannot_be_exported():
+    moe = dataclasses.replace(MOE, bias_update_rate=0.001)
+    with pytest.raises(UserError, match=r"moe.bias_update_rate=0.001: .* has a router bias"):
+        write_config(dataclasses.replace(PLAIN, moe=moe))
+
+
+def test_how_experts_were_trained_does_not_hinder_export():
+    moe = dataclasses.replace(MOE, balance_over="batch", exchange="gather")
+    assert write_config(dataclasses.replace(PLAIN, moe=moe)) == write_config(dataclasses.replace(PLAIN, moe=MOE))
+
+
 def test_canonical_keeps_what_matters():
     """A canonical form that dropped a live setting would let an export lose it unnoticed."""
     for field, value in {"sliding_window": 8, "qk_norm": True, "rope": RopeConfig(1e5), "attention_scale": 0.3}.items():

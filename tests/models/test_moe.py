@@ -64,11 +64,11 @@ def test_equals_the_plain_loop(normalize, top_k):
     config = _config(normalize, top_k)
     layer, params = _layer(config)
     x = _inputs()
-    out, balance = layer.apply({"params": params}, x)
+    out, stats = layer.apply({"params": params}, x)
     expected, share, mean = _loop(params, x, config.moe)
     assert expected.std() > 0.05
     np.testing.assert_allclose(out, expected, atol=1e-5)
-    np.testing.assert_allclose(balance, EXPERTS * (share * mean).sum(), rtol=1e-5)
+    np.testing.assert_allclose(stats.balance, EXPERTS * (share * mean).sum(), rtol=1e-5)
 
 
 def test_no_token_is_dropped_when_all_want_the_same_experts():
@@ -78,11 +78,11 @@ def test_no_token_is_dropped_when_all_want_the_same_experts():
     router = np.zeros((EMBED, EXPERTS), np.float32)
     router[:, 2], router[:, 1] = 5.0, 2.0
     params["router"]["kernel"] = jnp.asarray(router)
-    out, balance = layer.apply({"params": params}, x)
+    out, stats = layer.apply({"params": params}, x)
     expected, share, _ = _loop(params, x, config.moe)
     assert share.tolist() == pytest.approx([0, 0.5, 0.5, 0])
     np.testing.assert_allclose(out, expected, atol=1e-5)
-    assert balance == pytest.approx(EXPERTS * 0.5, rel=1e-3)
+    assert stats.balance == pytest.approx(EXPERTS * 0.5, rel=1e-3)
 
 
 def test_gradients_are_finite_and_those_of_idle_experts_zero():
@@ -92,8 +92,8 @@ def test_gradients_are_finite_and_those_of_idle_experts_zero():
     params["router"]["kernel"] = jnp.zeros((EMBED, EXPERTS)).at[:, 0].set(30.0).at[:, 3].set(20.0)
 
     def loss(params, x):
-        out, balance = layer.apply({"params": params}, x)
-        return (out**2).sum() + balance
+        out, stats = layer.apply({"params": params}, x)
+        return (out**2).sum() + stats.balance
 
     gradients, to_x = jax.grad(loss, argnums=(0, 1))(params, x)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((gradients, to_x)))
@@ -112,8 +112,8 @@ def test_gradient_is_the_slope_of_the_loop():
     direction = jax.tree.map(lambda w: rng.normal(size=w.shape), params)
 
     def loss(params):
-        out, balance = layer.apply({"params": params}, x)
-        return (weights * out).sum() + 3 * balance
+        out, stats = layer.apply({"params": params}, x)
+        return (weights * out).sum() + 3 * stats.balance
 
     gradients = jax.grad(loss)(params)
     slope = sum(jax.tree.leaves(jax.tree.map(lambda g, d: (g * d).sum(), gradients, direction)))
@@ -136,7 +136,7 @@ def test_balance_is_one_when_uniform():
     for i in range(EXPERTS):
         router[i, i], router[i, (i + 1) % EXPERTS] = 1.0, 0.5
     params["router"]["kernel"] = jnp.asarray(router)
-    assert layer.apply({"params": params}, x)[1] == pytest.approx(1, rel=1e-6)
+    assert layer.apply({"params": params}, x)[1].balance == pytest.approx(1, rel=1e-6)
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -151,14 +151,14 @@ def test_route_weights(normalize):
 def test_routes_in_float32_whatever_the_activations():
     layer, params = _layer(_config())
     x = jnp.asarray(_inputs(), jnp.bfloat16)
-    out, balance = layer.apply({"params": params}, x)
-    assert (out.dtype, balance.dtype) == (jnp.bfloat16, jnp.float32)
+    out, stats = layer.apply({"params": params}, x)
+    assert (out.dtype, stats.balance.dtype) == (jnp.bfloat16, jnp.float32)
     logits = np.asarray(x, np.float64) @ np.asarray(params["router"]["kernel"], np.float64)
     probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     chosen = np.argsort(-probabilities, axis=-1)[..., :TOP_K]
     share = np.bincount(chosen.ravel(), minlength=EXPERTS) / chosen.size
     expected = EXPERTS * (share * probabilities.mean((0, 1))).sum()
-    assert balance == pytest.approx(expected, rel=1e-5)
+    assert stats.balance == pytest.approx(expected, rel=1e-5)
 
 
 def test_config_refuses_more_choices_than_experts():

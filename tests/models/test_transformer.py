@@ -127,18 +127,21 @@ def test_scanned_layers_equal_a_loop_over_blocks():
         positions = jnp.broadcast_to(jnp.arange(10), TOKENS.shape)
         local = dataclasses.replace(config.rope, theta=50.0)
         rotations = tuple(rope.rotation(positions, r, config.head_dim) for r in (config.rope, local))
-        carry = (params["embed"]["embedding"][TOKENS], None, jnp.zeros(()))
+        carry, counts = (params["embed"]["embedding"][TOKENS], None, jnp.zeros(())), []
         for i, is_local in enumerate([True, False, True]):
             layer = jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"])
             per_layer = _PerLayer(jnp.array(i), jnp.array(is_local))
-            carry, _ = Block(config).apply({"params": layer}, carry, per_layer, SelfAttention(), rotations)
-        return block_norm(config).apply({"params": params["final_norm"]}, carry[0]), carry[2] / 3
+            carry, used = Block(config).apply({"params": layer}, carry, per_layer, SelfAttention(), rotations)
+            counts.append(used)
+        hidden = block_norm(config).apply({"params": params["final_norm"]}, carry[0])
+        return hidden, carry[2] / 3, jnp.stack(counts)
 
     model = Transformer(config)
-    hidden, _, balance = jax.jit(model.apply)({"params": params}, TOKENS)
+    hidden, _, stats = jax.jit(model.apply)({"params": params}, TOKENS)
     expected = loop(params)
     np.testing.assert_allclose(hidden, expected[0], atol=1e-4)
-    np.testing.assert_allclose(balance, expected[1], rtol=1e-5)
+    np.testing.assert_allclose(stats.balance, expected[1], rtol=1e-5)
+    np.testing.assert_array_equal(stats.counts, expected[2])
 
 
 def test_remat_policies_give_the_same_gradients_and_less_is_kept():

@@ -95,7 +95,7 @@ def distance(got, expected):
     largest = max(np.linalg.norm(x) / x.size**0.5 for x in jax.tree.leaves(expected))
 
     def of(a, b):
-        return np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-3 * largest * b.size**0.5)
+        return np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-2 * largest * b.size**0.5)
 
     return max(jax.tree.leaves(jax.tree.map(of, got, expected)))
 
@@ -104,12 +104,12 @@ def check(model_name, optimizer_name, mesh, tolerance):
     updates, metrics, average, copies = two_steps(model_name, optimizer_name, MESHES[mesh])
     expected, expected_metrics, expected_average, same_copies = on_one_device(model_name, optimizer_name)
     assert copies == same_copies
-    for got, wanted in zip(metrics, expected_metrics, strict=True):
+    # The second step starts from where rounding left the first.
+    for step, allowed in enumerate((tolerance, 10 * tolerance)):
         for name in ("loss", "objective", "balance", "gradient_norm", "parameter_norm", "tokens", "skipped"):
-            np.testing.assert_allclose(got[name], wanted[name], rtol=1e-4, err_msg=name)
-    for got, wanted in zip(updates, expected, strict=True):
-        assert distance(got, wanted) < tolerance
-    assert distance(average, expected_average) < tolerance
+            np.testing.assert_allclose(metrics[step][name], expected_metrics[step][name], rtol=allowed, err_msg=name)
+        assert distance(updates[step], expected[step]) < allowed
+    assert distance(average, expected_average) < 10 * tolerance
     return copies
 
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from ml.parallel import MeshConfig, Rules
 from ml.train.loss import chunked_loss
@@ -72,15 +73,29 @@ def test_the_reported_cross_entropy_has_no_gradient(case):
     assert not np.any(gradient)
 
 
+def sizes(jaxpr):
+    """Numbers of elements of all that is computed, also within loops."""
+    for equation in jaxpr.eqns:
+        yield from (np.prod(variable.aval.shape) for variable in equation.outvars)
+        for inner in jaxprs_in_params(equation.params):
+            yield from sizes(inner)
+
+
 def test_nothing_as_large_as_all_logits_is_ever_made(case):
     head, hidden, targets, mask = case
     step = jax.grad(lambda a, b: chunked_loss(logits_of, a, b, targets, mask, 0.1, 3)[0], (0, 1))
-    sizes = {
-        np.prod(variable.aval.shape)
-        for equation in jax.make_jaxpr(step)(head, hidden).jaxpr.eqns
-        for variable in equation.outvars
-    }
-    assert max(sizes) <= BATCH * 3 * VOCAB < BATCH * LENGTH * VOCAB
+    largest = max(sizes(jax.make_jaxpr(step)(head, hidden).jaxpr))
+    assert BATCH * 3 * VOCAB <= largest < BATCH * LENGTH * VOCAB
+
+
+def test_the_program_does_not_grow_with_the_number_of_chunks(case):
+    head, hidden, targets, mask = case
+
+    def operations(chunk):
+        step = jax.grad(lambda a, b: chunked_loss(logits_of, a, b, targets, mask, 0.1, chunk)[0], (0, 1))
+        return len(list(sizes(jax.make_jaxpr(step)(head, hidden).jaxpr)))
+
+    assert operations(1) == operations(3) == operations(5)
 
 
 def test_bfloat16_hidden_states_are_summed_in_float32(case):
@@ -93,8 +108,18 @@ def test_bfloat16_hidden_states_are_summed_in_float32(case):
 
 
 @pytest.mark.parametrize("chunk", [0, 5])
-@pytest.mark.parametrize("mesh", [MeshConfig(4, 1, 2), MeshConfig(2, 2, 2)], ids=["4x1x2", "2x2x2"])
-def test_a_vocabulary_cut_over_devices(case, chunk, mesh):
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        MeshConfig(4, 1, 2),
+        MeshConfig(2, 2, 2),
+        MeshConfig(2, tensor=2, sequence=2),
+        MeshConfig(1, tensor=2, sequence=4),
+    ],
+    ids=["4x1x2", "2x2x2", "sequence2", "sequence4"],
+)
+def test_vocabulary_and_length_cut_over_devices(case, chunk, mesh):
+    """Four shards of 12 positions have 3 each, of which a chunk of 5 takes one each."""
     head, hidden, targets, mask = case
     rules = Rules.make(mesh)
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from training_cases import LENGTH, MODELS, initial_params, ragged_batch
 
+import ml.train.objective
 import ml.train.step
 from ml.models import SelfAttention, Transformer, logical_axes
 from ml.optim import OptimizerConfig, ScheduleConfig, make_optimizer
@@ -70,8 +71,12 @@ def distance(got, expected):
 
 def plain_loss(model, config, params, batch):
     """Sum of the objective over a batch ``[rows, length]``, as a textbook has it: no chunks, no gradient of its own."""
-    hidden, _, balance = model.apply(
-        {"params": params}, batch["tokens"], SelfAttention(batch["segment_ids"], "reference"), batch["positions"]
+    hidden, _, stats = model.apply(
+        {"params": params},
+        batch["tokens"],
+        SelfAttention(batch["segment_ids"], "reference"),
+        batch["positions"],
+        valid=batch["segment_ids"] > 0,
     )
     logits = model.apply({"params": params}, hidden, method="logits")
     log_p = jax.nn.log_softmax(logits)
@@ -79,7 +84,7 @@ def plain_loss(model, config, params, batch):
     log_z = jax.nn.logsumexp(logits, axis=-1)
     weight = model.config.moe.aux_loss_weight if model.config.moe else 0.0
     mask = batch["loss_mask"]
-    return jnp.sum((nll + config.z_loss * log_z**2 + weight * balance) * mask)
+    return jnp.sum((nll + config.z_loss * log_z**2 + weight * stats.balance) * mask)
 
 
 @pytest.mark.parametrize("name", ["moe", "gemma", "gpt2"])
@@ -186,13 +191,13 @@ def test_a_step_that_is_not_finite_leaves_no_trace(poison, value):
 
 
 def test_a_gradient_that_is_not_finite_counts_even_where_the_loss_is(monkeypatch):
-    loss = ml.train.step.chunked_loss
+    loss = ml.train.objective.chunked_loss
 
     def with_infinite_slope(logits_of, head, hidden, *rest):
         objective, nll = loss(logits_of, head, hidden, *rest)
         return objective + jnp.sqrt(jnp.abs(hidden).sum() * 0), nll  # the root's slope at 0
 
-    monkeypatch.setattr(ml.train.step, "chunked_loss", with_infinite_slope)
+    monkeypatch.setattr(ml.train.objective, "chunked_loss", with_infinite_slope)
     step, state = setting(MODELS["dense"])
     after, metrics = step(state, cut(ragged_batch(ROWS), 1))
     assert np.isfinite(metrics["objective"]) and not np.isfinite(metrics["gradient_norm"])

@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 from ml.errors import UserError
-from ml.models.config import RopeConfig, TransformerConfig
+from ml.models.config import MoEConfig, RopeConfig, TransformerConfig
 from ml.models.huggingface.families import ARCHITECTURES
 from ml.models.huggingface.read_config import parse_config, shortest_pattern
 from ml.models.huggingface.rope import write_rope
@@ -26,6 +26,11 @@ def write_config(config: TransformerConfig) -> tuple[str, dict[str, Any]]:
     Raises:
       UserError: no family can; names the options in the way.
     """
+    if config.moe is not None and config.moe.bias_update_rate:
+        raise UserError(
+            f"moe.bias_update_rate={config.moe.bias_update_rate}: no supported Hugging Face architecture has a router "
+            "bias; keep this model in megabatch's own format, or train one with moe.bias_update_rate=0"
+        )
     wanted = canonical(config)
     closest: tuple[str, list[str]] | None = None
     for family in ARCHITECTURES:
@@ -75,6 +80,9 @@ def canonical(config: TransformerConfig) -> TransformerConfig:
         changes["attention_scale"] = None
     if config.moe is not None:
         changes |= {"mlp_dim": config.moe.mlp_dim, "gated_mlp": True, "mlp_bias": False}
+        default_moe = MoEConfig(1, 1, 1)
+        how_it_trains = {name: getattr(default_moe, name) for name in ("balance_over", "exchange")}
+        changes["moe"] = dataclasses.replace(config.moe, **how_it_trains)
     return dataclasses.replace(config, **changes)
 
 
