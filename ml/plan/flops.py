@@ -5,11 +5,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 
 def computed_flops(jaxpr: Any, kernel_share: float = 1.0) -> float:
     """Counts the FLOPs of all matrix products, loops multiplied out; elementwise work is left out.
+
+    Products whose results nothing reads are left out too, as compilers do: derivative rules leave many behind.
 
     Args:
       jaxpr: of a traced function, such as `jax.stages.Traced.jaxpr`; its shapes are those of the whole mesh.
@@ -18,10 +20,18 @@ def computed_flops(jaxpr: Any, kernel_share: float = 1.0) -> float:
     Returns:
       FLOPs of all devices together. Of a conditional, the costliest branch; a loop of unknown length counts once.
     """
+    return _count(_body(jaxpr), [True] * len(_body(jaxpr).outvars), kernel_share)
+
+
+def _count(jaxpr: Jaxpr, read: list[bool], kernel_share: float) -> float:
+    """Of what the results marked in ``read`` depend on."""
     total = 0.0
-    for eqn in _body(jaxpr).eqns:
+    for eqn, outputs in _live(jaxpr, read):
         name, params = eqn.primitive.name, eqn.params
-        inner = [computed_flops(sub, kernel_share) for sub in _nested(params)]
+        inner = []
+        for sub in _nested(params):
+            same = len(sub.outvars) == len(outputs) and name not in ("scan", "while", "pallas_call")
+            inner.append(_count(sub, outputs if same else [True] * len(sub.outvars), kernel_share))
         if name == "dot_general":
             total += _dot_general(eqn)
         elif name == "ragged_dot_general":
@@ -39,18 +49,28 @@ def computed_flops(jaxpr: Any, kernel_share: float = 1.0) -> float:
     return total
 
 
+def _live(jaxpr: Jaxpr, read: list[bool]) -> Iterator[tuple[Any, list[bool]]]:
+    """The equations that matter, last first, each with those of its results that are read."""
+    wanted = {var for var, is_read in zip(jaxpr.outvars, read, strict=True) if is_read and not isinstance(var, Literal)}
+    for eqn in reversed(jaxpr.eqns):
+        outputs = [var in wanted for var in eqn.outvars]
+        if any(outputs) or eqn.effects:
+            wanted |= {var for var in eqn.invars if not isinstance(var, Literal)}
+            yield eqn, outputs
+
+
 def _body(jaxpr: Any) -> Jaxpr:
     return jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
 
 
-def _nested(params: dict[str, Any]) -> Iterator[Any]:
+def _nested(params: dict[str, Any]) -> Iterator[Jaxpr]:
     """The programs within an equation's parameters; of a custom derivative only what is run."""
     for key, value in params.items():
         if key in ("fwd_jaxpr_thunk", "jvp_jaxpr_fun", "bwd"):
             continue
         for leaf in jax.tree.leaves(value, is_leaf=lambda x: isinstance(x, ClosedJaxpr | Jaxpr)):
             if isinstance(leaf, ClosedJaxpr | Jaxpr):
-                yield leaf
+                yield _body(leaf)
 
 
 def _dot_general(eqn: Any) -> float:

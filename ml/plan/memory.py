@@ -143,6 +143,7 @@ class MemoryModel:
             dtype="bfloat16" if itemsize == 2 else "float32",
             attention="xla" if train.attention in ("xla", "reference") else "kernel",
             logit_tokens=rows * min(train.loss_chunk or length, length),
+            expert_degree=degrees["expert"],
         )
         saved = held.saved * min(stages, train.microbatches)  # 1F1B: as many microbatches in flight as stages
         if config.mesh.sequence_residual and train.remat == "full":

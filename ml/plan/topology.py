@@ -73,6 +73,14 @@ runtime_version { major: 12 minor: 8 patch: 0 }
 device_description_str: "NVIDIA H200"
 """
 
+# The TPU's compiler is to look neither for the machine that it runs on nor for another process that has loaded it.
+_COMPILER_ALONE = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_HOST_BOUNDS": "1,1,1",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
@@ -118,6 +126,8 @@ class Topology:
         """
         from jax.experimental import topologies
 
+        for variable, value in _COMPILER_ALONE.items():
+            os.environ.setdefault(variable, value)
         try:
             return list(topologies.get_topology_desc(**self._request()).devices)
         except Exception as error:  # whatever the plugin that is missing or too old makes of it
@@ -169,15 +179,7 @@ def parse(name: str, slices: int = 1) -> Topology:
 
 
 def use_compilers_alone() -> None:
-    """Keeps JAX and the TPU's compiler from looking for devices of this machine; call it before JAX makes an array."""
-    defaults = {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_HOST_BOUNDS": "1,1,1",
-    }
-    for variable, value in defaults.items():
-        os.environ.setdefault(variable, value)
+    """Keeps JAX from taking hold of this machine's accelerators; call it before JAX makes an array."""
     jax.config.update("jax_platforms", "cpu")
 
 
