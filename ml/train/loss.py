@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from ml.weights.shards import gathered, held_axes, mesh_axes, scattered
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 5, 6))
 def chunked_loss(
@@ -51,16 +53,18 @@ def chunked_loss(
 
 
 def _forward(logits_of, head, hidden, targets, mask, z_loss, chunk):
-    chunks, gathered = _Chunks(hidden, chunk), _gathered(head, hidden)
+    chunks, whole_head = _Chunks(hidden, chunk), _gathered(head, hidden)
 
     def chunk_loss(head, h, t, m):
         return _sum(logits_of(head, h), t, m, z_loss)
 
     def add(sums, start, size):
         h, t, m = (chunks.take(x, start, size) for x in (hidden, targets, mask))
-        objective, pullback, cross_entropy = jax.vjp(functools.partial(chunk_loss, t=t, m=m), gathered, h, has_aux=True)
+        objective, pullback, cross_entropy = jax.vjp(
+            functools.partial(chunk_loss, t=t, m=m), whole_head, h, has_aux=True
+        )
         head_grad, part = pullback(jnp.ones_like(objective))
-        head_grad = jax.tree.map(_like, head_grad, head)
+        head_grad = jax.tree.map(scattered, head_grad, head)
         new = ((objective, cross_entropy), head_grad)
         if sums is None:
             return new, chunks.put(jnp.zeros_like(hidden), part, start)
@@ -92,7 +96,7 @@ class _Chunks:
     def __init__(self, hidden: jax.Array, chunk: int):
         sharding = jax.typeof(hidden).sharding
         self.place = None if sharding.mesh.empty else sharding.spec
-        self.shards = math.prod(sharding.mesh.shape[name] for entry in sharding.spec[1:2] for name in _names(entry))
+        self.shards = math.prod(sharding.mesh.shape[name] for entry in sharding.spec[1:2] for name in mesh_axes(entry))
         self.length = hidden.shape[1] // self.shards
         self.size = min(max(1, chunk // self.shards), self.length) if chunk else self.length
 
@@ -134,27 +138,14 @@ class _Chunks:
 def _gathered(head: Any, hidden: jax.Array) -> Any:
     """The plain arrays of ``head`` as a product with ``hidden`` reads them, gathered once and not chunk by chunk."""
     sharding = jax.typeof(hidden).sharding
-    tokens = {name for entry in sharding.spec[:2] for name in _names(entry)}
+    tokens = frozenset(axis for entry in sharding.spec[:2] for axis in mesh_axes(entry))
 
     def gather(leaf: Any) -> Any:
-        if not isinstance(leaf, jax.Array) or sharding.mesh.empty:
+        if not isinstance(leaf, jax.Array) or not tokens & held_axes(leaf):
             return leaf
-        spec = (tuple(name for name in _names(entry) if name not in tokens) for entry in jax.typeof(leaf).sharding.spec)
-        return jax.reshard(leaf.astype(hidden.dtype), PartitionSpec(*(names or None for names in spec)))
+        return gathered(leaf.astype(hidden.dtype), tokens)
 
     return jax.tree.map(gather, head, is_leaf=lambda node: not isinstance(node, dict))
-
-
-def _like(x: jax.Array, other: jax.Array) -> jax.Array:
-    """``x`` in the type and place of ``other``."""
-    kind = jax.typeof(other)
-    x = x.astype(kind.dtype)
-    return x if jax.typeof(x).sharding == kind.sharding else jax.reshard(x, kind.sharding.spec)
-
-
-def _names(entry: Any) -> tuple[str, ...]:
-    """The mesh axes of an entry of a `PartitionSpec`."""
-    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
 
 
 def _sum(logits, targets, mask, z_loss):

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from ml.weights.shards import gathered, held_axes, mesh_axes, scattered
+
 
 def _dispatch_on_weight(rule: Callable) -> Any:
     """`functools.singledispatch` on the argument named ``w``, the last positional one."""
@@ -63,11 +65,13 @@ def take(
     the other columns, and they exchange: what crosses the network is as large as the result, and nothing is held whole.
     """
     w = _array(w)
-    cut = _axes(jax.typeof(w).sharding.spec.partitions[-1]) if out_sharding else ()
+    cut = mesh_axes(jax.typeof(w).sharding.spec.partitions[-1]) if out_sharding else ()
     if not cut or out_sharding is None:
         rows = w.at[indices].get(out_sharding=out_sharding, mode="clip")
         return rows if dtype is None else rows.astype(dtype)
-    outer = [tuple(axis for axis in _axes(entry) if axis not in cut) or None for entry in out_sharding.partitions[:-1]]
+    outer = [
+        tuple(axis for axis in mesh_axes(entry) if axis not in cut) or None for entry in out_sharding.partitions[:-1]
+    ]
     rows = w.at[jax.reshard(indices, PartitionSpec(*outer))].get(out_sharding=PartitionSpec(*outer, cut), mode="clip")
     return jax.reshard(rows if dtype is None else rows.astype(dtype), out_sharding)
 
@@ -88,9 +92,8 @@ def _gathered_along(spec: str, x: jax.Array, w: jax.Array, out: PartitionSpec) -
     entries = dict(zip(of_x, jax.typeof(x).sharding.spec.partitions, strict=True))
     results = dict(zip(of_out, out.partitions, strict=True))
     tokens = [label for label in of_x if label not in of_w]
-    cut = frozenset(axis for label in tokens for axis in _axes(entries[label]))
-    held = {axis for entry in jax.typeof(w).sharding.spec.partitions for axis in _axes(entry)}
-    if any(entries[label] != results[label] for label in tokens) or not cut & held:
+    cut = frozenset(axis for label in tokens for axis in mesh_axes(entries[label]))
+    if any(entries[label] != results[label] for label in tokens) or not cut & held_axes(w):
         return frozenset()
     return cut
 
@@ -104,7 +107,7 @@ def _dot_of_shards(
     The weight's gradient stays a partial sum on each device until it is reduced and cut in one collective. Left to
     itself the compiler sums it whole on every device, since its transposition stands between the two.
     """
-    return jnp.einsum(spec, x, _whole(w.astype(x.dtype), token_axes), out_sharding=out_sharding)
+    return jnp.einsum(spec, x, gathered(w.astype(x.dtype), token_axes), out_sharding=out_sharding)
 
 
 def _dot_of_shards_forward(spec, out_sharding, token_axes, x, w):
@@ -113,25 +116,13 @@ def _dot_of_shards_forward(spec, out_sharding, token_axes, x, w):
 
 def _dot_of_shards_backward(spec, out_sharding, token_axes, saved, gradient):
     x, w = saved
-    whole = _whole(w.astype(x.dtype), token_axes)
+    whole = gathered(w.astype(x.dtype), token_axes)
     _, pullback = jax.vjp(lambda *xw: jnp.einsum(spec, *xw, out_sharding=out_sharding), x, whole)
     of_x, of_w = pullback(gradient)
-    of_w = jax.lax.optimization_barrier(of_w.astype(w.dtype))
-    kept = jax.typeof(w).sharding.spec
-    held = frozenset(axis for entry in kept.partitions for axis in _axes(entry))
-    # Cut first, so that less is summed along the other axes: here, or where `w` is typed so, by the caller once a step.
-    of_w = jax.reshard(of_w, PartitionSpec(*kept.partitions, unreduced=token_axes - held))
-    return of_x, jax.reshard(of_w, PartitionSpec(*kept.partitions, unreduced=kept.reduced))
+    return of_x, scattered(of_w, w)
 
 
 _dot_of_shards.defvjp(_dot_of_shards_forward, _dot_of_shards_backward)
-
-
-def _whole(w: jax.Array, token_axes: frozenset[str]) -> jax.Array:
-    """``w`` gathered along ``token_axes``, typed so that its gradient is not summed along them."""
-    entries = jax.typeof(w).sharding.spec.partitions
-    kept = [tuple(axis for axis in _axes(entry) if axis not in token_axes) or None for entry in entries]
-    return jax.reshard(w, PartitionSpec(*kept, reduced=token_axes))
 
 
 @jax.custom_vjp
@@ -150,11 +141,6 @@ def _separate_backward(_: None, gradient: jax.Array) -> tuple[jax.Array]:
 
 
 _separate_gradient.defvjp(lambda y: (y, None), _separate_backward)
-
-
-def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """The mesh axes of one entry of a `PartitionSpec`."""
-    return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
 def _array(w: Any) -> jax.Array:

@@ -1,6 +1,5 @@
 """A weight that is kept in shards and read whole: gathered once a step, its gradient given to the shard."""
 
-import functools
 from typing import Any
 
 import flax.struct
@@ -9,6 +8,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from ml.weights.dense import dot, materialize, ragged_dot, take
+from ml.weights.shards import scattered
 
 
 @flax.struct.dataclass
@@ -27,25 +27,14 @@ class Gathered:
     full: Float[Array, "..."]
 
 
+@jax.custom_vjp
 def attach(full: jax.Array, shard: jax.Array) -> jax.Array:
     """``full``, whose gradient goes to ``shard``: reduced, cut and cast as ``shard`` is."""
-    kind = jax.typeof(shard)
-    return _attach(kind.dtype, None if kind.sharding.mesh.empty else kind.sharding.spec, full, shard)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attach(dtype: Any, spec: PartitionSpec | None, full: jax.Array, shard: jax.Array) -> jax.Array:
     return full
 
 
-def _backward(dtype: Any, spec: PartitionSpec | None, _: None, gradient: jax.Array) -> tuple[None, jax.Array]:
-    if spec is None:
-        return None, gradient.astype(dtype)
-    # The barrier keeps the compiler from moving the product's transposition between the sum and the cut.
-    return None, jax.reshard(jax.lax.optimization_barrier(gradient), spec).astype(dtype)
-
-
-_attach.defvjp(lambda dtype, spec, full, shard: (full, None), _backward)
+# The shard is kept for its type alone; it is an argument of the step in any case.
+attach.defvjp(lambda full, shard: (full, shard), lambda shard, gradient: (None, scattered(gradient, shard)))
 
 
 @dot.register(Gathered)

@@ -18,6 +18,7 @@ from ml.models.moe.exchange import through_experts
 from ml.models.moe.routing import route
 from ml.models.parameters import Placement, placed, unplaced, weight
 from ml.weights import dot, materialize, ragged_dot
+from ml.weights.shards import mesh_axes
 
 _EXPERT_KERNELS = ("gate", "up", "down")
 
@@ -56,9 +57,9 @@ class MoE(nn.Module):
         rows = self.place("batch", "length", None) or PartitionSpec(None, None, None)
         cut = self.place("expert", "mlp") or PartitionSpec(None, None)
         axes = _Axes(
-            tokens=_names(rows[0]) + _names(rows[1]),
-            expert=_names(cut[0]),
-            mlp=_names(cut[1]),
+            tokens=mesh_axes(rows[0]) + mesh_axes(rows[1]),
+            expert=mesh_axes(cut[0]),
+            mlp=mesh_axes(cut[1]),
             platform=mesh.abstract_device.platform if mesh.abstract_device else None,
         )
         # A leaf may be typed so that its gradient stays partial sums; here it is summed where it is cut.
@@ -128,11 +129,6 @@ def _spec(array: jax.Array) -> PartitionSpec:
     return jax.typeof(array).sharding.spec
 
 
-def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """The mesh axes in one entry of a `PartitionSpec`."""
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
-
-
 def _read(name: str, leaf: Any, specs: Any, axes: _Axes, dtype: Any) -> Any:
     """The local part of a weight made as large as this device needs it.
 
@@ -146,15 +142,15 @@ def _read(name: str, leaf: Any, specs: Any, axes: _Axes, dtype: Any) -> Any:
     cast = is_kernel and isinstance(leaf, jax.Array)
 
     def read(array: jax.Array, spec: PartitionSpec) -> jax.Array:
-        placed_on = [name for entry in spec for name in _names(entry)]
+        placed_on = [name for entry in spec for name in mesh_axes(entry)]
         # Said here, on the smallest array, so that here is where its gradient is summed over the other token axes.
         copies = tuple(name for name in axes.tokens if name not in placed_on)
         array = jax.lax.pcast(array, copies, to="varying") if copies else array
         array = array.astype(dtype) if cast else array
         for dimension, entry in enumerate(spec):
-            gathered = tuple(name for name in _names(entry) if name not in kept)
+            gathered = tuple(name for name in mesh_axes(entry) if name not in kept)
             if gathered:
-                assert gathered == _names(entry), f"{name}: {spec} cuts one axis for two reasons"
+                assert gathered == mesh_axes(entry), f"{name}: {spec} cuts one axis for two reasons"
                 array = jax.lax.all_gather(array, gathered, axis=dimension, tiled=True)
         return array
 

@@ -13,6 +13,7 @@ from ml.errors import UserError
 from ml.models.attention import AttentionLayer
 from ml.models.parameters import Placement, unplaced
 from ml.parallel.context.order import Order, check_length, chunks
+from ml.weights.shards import mesh_axes
 from pallas_kernels.flash_attention import Implementation, flash_attention
 
 
@@ -48,7 +49,7 @@ class UlyssesAttention:
         mesh, (batch, axis, tensor, _) = jax.sharding.get_abstract_mesh(), spec
         shards = 1 if axis is None else mesh.shape[axis]
         check_length(query.shape[1], shards, self.order)
-        gathered = PartitionSpec(batch, None, (*_names(tensor), *_names(axis)) or None, None)
+        gathered = PartitionSpec(batch, None, (*mesh_axes(tensor), *mesh_axes(axis)) or None, None)
         times = _repeats(query.shape[2], key.shape[2], shards, 1 if tensor is None else mesh.shape[tensor])
         inverse = np.argsort(chunks(shards, self.order).reshape(-1))
 
@@ -103,8 +104,3 @@ def _chunks_taken(x: jax.Array, order: Int[np.ndarray, " chunks"]) -> jax.Array:
         return x
     parts = jnp.split(x, len(order), axis=1)
     return jnp.concatenate([parts[chunk] for chunk in order], axis=1)
-
-
-def _names(entry: Any) -> tuple[str, ...]:
-    """The mesh axes of an entry of a `PartitionSpec`."""
-    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
