@@ -50,7 +50,8 @@ def main() -> None:
     tokens = config.train.batch_size * config.data.sequence_length
     console.print(
         f"{len(plans)} arrangements of {tokens:,} tokens on {machine.device_count} x {machine.kind.device_kind} fit. "
-        f"Predicted, not measured: matrix products at {args.efficiency:.0%} of peak, weights' transfers overlapped."
+        f"Predicted, not measured: matrix products at {args.efficiency:.0%} of peak, weights' transfers overlapped.",
+        soft_wrap=True,
     )
     table = Table()
     for name in ("", "mesh", "layout", "micro-\nbatches", "remat", "GiB", "s/step", "MFU", "waits for"):

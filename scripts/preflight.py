@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import app
 import config_flag
@@ -36,6 +37,8 @@ def main() -> None:
         raise UserError("--serve: the serving engine has no decode step of its own yet; leave it out to check training")
     if not args.topology:
         raise UserError("--topology is missing; name the machine, such as --topology=v5e:16x16")
+    if args.json and args.json != "-" and not Path(args.json).absolute().parent.is_dir():
+        raise UserError(f"--json={args.json}: there is no such folder; make it first")
     machine = topologies.parse(args.topology, args.slices)
     topologies.use_compilers_alone()
 
@@ -54,8 +57,7 @@ def main() -> None:
     else:
         report.print(Console())
     if args.json and args.json != "-":
-        with open(args.json, "w") as file:
-            file.write(text + "\n")
+        Path(args.json).write_text(text + "\n")
     if not report.fits:
         if args.json == "-":
             print(report.verdict(), file=sys.stderr)
