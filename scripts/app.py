@@ -1,6 +1,7 @@
 """How every script starts: flags in, one call down; a user's mistake ends in one line and exit status 2."""
 
 import errno
+import glob
 import logging
 import os
 import sys
@@ -19,6 +20,7 @@ def run(main: Callable[[], None], *, usage: str) -> None:
       main: takes nothing; reads its flags itself.
       usage: what ``--help`` prints above the flags: one sentence and an example.
     """
+    _quiet_without_tpu()
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.ERROR)
     absl.logging.get_absl_handler().setFormatter(logging.Formatter("%(message)s"))
     app.run(lambda argv: _guard(main), flags_parser=lambda argv: _parse(argv, usage))
@@ -28,6 +30,13 @@ def fail(message: str) -> None:
     """Prints one line and exits with status 2."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     sys.exit(2)
+
+
+def _quiet_without_tpu() -> None:
+    """Without TPUs, libtpu (installed to compile for some) would complain that it does not know its host."""
+    if not glob.glob("/dev/accel*") and not glob.glob("/dev/vfio/[0-9]*"):
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+        os.environ.setdefault("TPU_HOST_BOUNDS", "1,1,1")
 
 
 def _parse(argv: Sequence[str], usage: str) -> list[str]:

@@ -13,6 +13,7 @@ FLOORS = (
     ("ml.models",),
     ("ml.optim", "ml.data", "ml.checkpoint", "ml.parallel"),
     ("ml.train", "ml.serve"),
+    ("ml.plan",),
 )
 FILES = sorted(path for top in ("ml", "pallas_kernels") for path in (ROOT / top).rglob("*.py"))
 

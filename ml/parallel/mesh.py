@@ -93,7 +93,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     sizes = config.fitted(len(devices))
     shape, types = tuple(sizes.values()), (AxisType.Explicit,) * len(sizes)
     if config.slices == 1:
-        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+        try:
+            return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+        except NotImplementedError:  # some degree is no product of whole axes of the TPUs' torus: part of one, then
+            placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+            return Mesh(placed, AXES, axis_types=types)
     return Mesh(_across_slices(shape, config, devices), AXES, axis_types=types)
 
 

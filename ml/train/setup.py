@@ -18,6 +18,7 @@ from ml.models.cost import activation_memory
 from ml.models.moe import check_experts
 from ml.optim import eval_params, make_optimizer
 from ml.parallel import Rules, loader_share
+from ml.parallel.context import check_length
 from ml.train.config import ExperimentConfig
 from ml.train.evaluation import make_evaluate
 from ml.train.state import TrainState, init_state
@@ -53,25 +54,13 @@ def make_parts(config: ExperimentConfig, workdir: Workdir) -> Parts:
     """
     train = config.train
     rules = Rules.make(config.mesh)
-    check_experts(config.model, rules.mesh.shape)
-    if train.batch_size % (train.microbatches * rules.batch_shards):
-        raise UserError(
-            f"config.train.batch_size={train.batch_size} is not a multiple of microbatches={train.microbatches} x "
-            f"{rules.batch_shards} batch shards of the mesh; "
-            f"use a multiple of {train.microbatches * rules.batch_shards}"
-        )
+    check_fit(config, rules)
     prepared = prepare(config.data, workdir.path, where="config.data")
     check_vocab(prepared.tokenizer, config.model.vocab_size)
     if jax.process_index() == 0:
         prepared.tokenizer.save(workdir.path)
     model = make_model(config, rules)
-    tx, schedule = make_optimizer(
-        config.optimizer,
-        config.schedule,
-        total_steps=train.steps,
-        batch_size=train.batch_size,
-        axes=logical_axes(config.model),
-    )
+    tx, schedule = optimizer_of(config)
     parts, count = loader_share(rules)
     rows = config.eval.batch_size or train.batch_size // train.microbatches
     if rows % rules.batch_shards:
@@ -93,6 +82,34 @@ def make_parts(config: ExperimentConfig, workdir: Workdir) -> Parts:
         ),
         heldout=heldout_batches(prepared, global_batch_size=rows, shard_index=parts, shard_count=count),
         evaluate=make_evaluate(model, train, rules),
+    )
+
+
+def check_fit(config: ExperimentConfig, rules: Rules) -> None:
+    """Refuses what the mesh cannot cut evenly: the batch into its shards, rows into theirs, experts over theirs.
+
+    Raises:
+      UserError: names the numbers and a valid choice.
+    """
+    train, shape = config.train, rules.mesh.shape
+    parts = train.microbatches * rules.batch_shards
+    if train.batch_size % parts:
+        raise UserError(
+            f"config.train.batch_size={train.batch_size} is not a multiple of microbatches={train.microbatches} x "
+            f"{rules.batch_shards} batch shards of the mesh; use a multiple of {parts}"
+        )
+    check_length(config.data.sequence_length, shape["sequence"], rules.sequence_order)
+    check_experts(config.model, shape)
+
+
+def optimizer_of(config: ExperimentConfig) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The experiment's optimizer and its learning rate."""
+    return make_optimizer(
+        config.optimizer,
+        config.schedule,
+        total_steps=config.train.steps,
+        batch_size=config.train.batch_size,
+        axes=logical_axes(config.model),
     )
 
 

@@ -204,7 +204,7 @@ def test_memory_grows_with_length_not_its_square():
         (((1, 4, 3, 8), (1, 4, 2, 8), (1, 4, 2, 8)), {}, "shapes do not fit"),
         (((1, 4, 2, 8), (1, 4, 2, 8), (1, 4, 1, 8)), {}, "shapes do not fit"),
         (((1, 4, 2, 8), (1, 5, 2, 8), (1, 5, 2, 8)), {}, "shapes do not fit"),
-        (((1, 4, 2, 8),) * 3, {"implementation": "triton"}, "choose auto, xla, cudnn, reference"),
+        (((1, 4, 2, 8),) * 3, {"implementation": "triton"}, "choose auto, xla, cudnn, splash, reference"),
         (((1, 4, 2, 8),) * 3, {"implementation": "cudnn"}, "needs bfloat16"),
     ],
 )

@@ -1,0 +1,76 @@
+"""The real train step of an experiment, put together for devices that need not exist."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import optax
+
+from ml.data.rows import empty_batch
+from ml.models import Transformer
+from ml.parallel import Rules
+from ml.train.config import ExperimentConfig
+from ml.train.setup import check_fit, make_model, optimizer_of
+from ml.train.state import TrainState, abstract_state
+from ml.train.step import make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A train step and the shapes, with their placement, that it takes.
+
+    Attributes:
+      config: the experiment.
+      rules: mesh and layout.
+      model, tx: as in training.
+      state, batch: of `jax.ShapeDtypeStruct`.
+    """
+
+    config: ExperimentConfig
+    rules: Rules
+    model: Transformer
+    tx: optax.GradientTransformation
+    schedule: optax.Schedule
+    state: TrainState
+    batch: dict[str, Any]
+
+    @functools.cached_property
+    def traced(self) -> Any:
+        """The step's `jax.stages.Traced`."""
+        step = make_train_step(self.model, self.tx, self.schedule, self.config.train, self.rules)
+        with jax.set_mesh(self.rules.mesh):
+            return jax.jit(step, donate_argnums=0).trace(self.state, self.batch)
+
+    def compile(self) -> Any:
+        """Compiles the step for the mesh's devices; raises whatever their compiler raises."""
+        with jax.set_mesh(self.rules.mesh):
+            return self.traced.lower().compile()
+
+
+def assemble(config: ExperimentConfig, devices: Sequence[Any] | None = None) -> Program:
+    """Builds the step that `ml.train.train` would run, without its data.
+
+    Args:
+      config: the experiment; its data is not read.
+      devices: what the mesh is made of; default: this machine's.
+
+    Raises:
+      UserError: the mesh does not fit the devices, the model or the batch.
+    """
+    rules = Rules.make(config.mesh, devices)
+    check_fit(config, rules)
+    model = make_model(config, rules)
+    tx, schedule = optimizer_of(config)
+    state = abstract_state(model, tx, rules, ema=config.train.ema > 0, offload=config.train.offload_optimizer)
+    return Program(config, rules, model, tx, schedule, state, abstract_batch(config, rules))
+
+
+def abstract_batch(config: ExperimentConfig, rules: Rules) -> dict[str, Any]:
+    """What `ml.parallel.place_batch` makes of a batch of `ml.data`, as shapes and placements."""
+    train = config.train
+    shape = (train.microbatches, train.batch_size // train.microbatches, config.data.sequence_length)
+    sharding = rules.sharding(None, "batch", "length")
+    arrays = empty_batch(1, 1)
+    return {name: jax.ShapeDtypeStruct(shape, array.dtype, sharding=sharding) for name, array in arrays.items()}
