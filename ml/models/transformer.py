@@ -97,7 +97,6 @@ class Transformer(nn.Module):
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast),
-            length=c.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, self.place)
         self.final_norm = block_norm(c)
@@ -130,21 +129,51 @@ class Transformer(nn.Module):
           The final normed hidden states (give them to `logits`), the new state, and the mixture-of-experts balancing
           loss averaged over layers (0 for dense models).
         """
-        c = self.config
         strategy = SelfAttention() if strategy is None else strategy
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        x = take(tokens, self.embed(), dtype=self.dtype, out_sharding=self.place("batch", "length", None))
+        x = self.embed_tokens(tokens, positions)
+        x, state, balance = self.run_layers(x, strategy, positions, state)
+        return self.normalize(x), state, balance / self.config.num_layers
+
+    def embed_tokens(
+        self, tokens: Int[Array, "batch length"], positions: Int[Array, "batch length"]
+    ) -> Float[Array, "batch length embed"]:
+        """What the first block receives; reads no layer."""
+        c, place = self.config, self.place("batch", "length", None)
+        x = take(tokens, self.embed(), dtype=self.dtype, out_sharding=place)
         if c.scale_embedding:
             x = x * jnp.asarray(c.embed_dim**0.5, self.dtype)
         if c.position_embedding == "learned":
-            x = x + take(positions, self.position(), dtype=self.dtype, out_sharding=self.place("batch", "length", None))
+            x = x + take(positions, self.position(), dtype=self.dtype, out_sharding=place)
+        return x
 
-        local = jnp.array([c.is_local(i) for i in range(c.num_layers)])
-        per_layer = _PerLayer(jnp.arange(c.num_layers), local)
+    def run_layers(
+        self,
+        x: Float[Array, "batch length embed"],
+        strategy: AttentionStrategy,
+        positions: Int[Array, "batch length"],
+        state: Any = None,
+        *,
+        first: int | Int[Array, ""] = 0,
+        count: int | None = None,
+    ) -> tuple[Float[Array, "batch length embed"], Any, Float[Array, ""]]:
+        """Runs blocks ``first .. first + count - 1`` (default: all); ``params["layers"]`` holds just these, stacked.
+
+        Returns:
+          The residual stream, the strategy's new state, and the balancing loss summed over these blocks.
+        """
+        c = self.config
+        count = c.num_layers if count is None else count
+        index = first + jnp.arange(count)
+        local = jax.lax.dynamic_slice_in_dim(jnp.array([c.is_local(i) for i in range(c.num_layers)]), first, count)
         carry = (x, state, jnp.zeros((), jnp.float32))
-        (x, state, balance), _ = self.layers(carry, per_layer, strategy, _rotations(c, positions))
-        return self.final_norm(x), state, balance / c.num_layers
+        (x, state, balance), _ = self.layers(carry, _PerLayer(index, local), strategy, _rotations(c, positions))
+        return x, state, balance
+
+    def normalize(self, x: Float[Array, "batch length embed"]) -> Float[Array, "batch length embed"]:
+        """What `logits` receives, of what the last block returned."""
+        return self.final_norm(x)
 
     def logits(self, hidden: Float[Array, "batch length embed"]) -> Float[Array, "batch length vocab"]:
         """Logits, float32, of hidden states that `__call__` returned; reads only `head_params`."""

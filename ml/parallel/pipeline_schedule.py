@@ -215,8 +215,6 @@ def check_pipeline(*, num_layers: int, stages: int, chunks: int, microbatches: i
     Raises:
       UserError: names the fields, the numbers and valid choices.
     """
-    if chunks < 1:
-        raise UserError(f"config.train.pipeline_chunks={chunks} must be at least 1")
     runs = stages * chunks
     if num_layers % runs:
         choices = [f"{count}" for count in range(1, num_layers + 1) if num_layers % (count * chunks) == 0]

@@ -114,5 +114,3 @@ def test_a_pipeline_that_does_not_divide_is_refused():
         check_pipeline(num_layers=8, stages=4, chunks=3, microbatches=4)
     with pytest.raises(UserError, match=r"microbatches=6 .*stage=4.*chunks=2 needs; use 4 or 8, or pipeline_chunks=1$"):
         check_pipeline(num_layers=8, stages=4, chunks=2, microbatches=6)
-    with pytest.raises(UserError, match="pipeline_chunks=0 must be at least 1"):
-        check_pipeline(num_layers=8, stages=4, chunks=0, microbatches=4)
