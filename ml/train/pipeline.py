@@ -314,12 +314,9 @@ def _item(tree: PyTree, index: Any, axis: int = 0) -> PyTree:
 
 def _of_stage(x: jax.Array, stage: int) -> jax.Array:
     """One stage's part of ``[stage, ...]``, for all of them."""
-
-    def local(x: jax.Array) -> jax.Array:
-        return jax.lax.psum(jnp.where(jax.lax.axis_index("stage") == stage, x[0], 0), "stage")
-
-    spec = PartitionSpec("stage")
-    return jax.shard_map(local, in_specs=spec, out_specs=PartitionSpec(), axis_names={"stage"}, check_vma=False)(x)
+    chosen = jax.reshard(jnp.arange(x.shape[0]) == stage, PartitionSpec("stage"))
+    x = jnp.where(chosen.reshape(-1, *[1] * (x.ndim - 1)), x, 0)
+    return jax.lax.reduce_sum(x, (0,))  # not `jnp.sum`, which would send float32: all but one are zero
 
 
 def _add_where(active: jax.Array, total: Metrics, new: Metrics) -> Metrics:
