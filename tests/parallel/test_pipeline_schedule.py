@@ -10,7 +10,9 @@ from ml.parallel.pipeline_schedule import Schedule, check_pipeline
 
 KINDS = ("gpipe", "1f1b")
 SIZES = [
-    (p, m, v) for p, m, v in itertools.product((1, 2, 3, 4, 8), (1, 2, 3, 4, 8, 12, 24), (1, 2, 3)) if v == 1 or m % p == 0
+    (p, m, v)
+    for p, m, v in itertools.product((1, 2, 3, 4, 8), (1, 2, 3, 4, 8, 12, 24), (1, 2, 3))
+    if v == 1 or m % p == 0
 ]
 CASES = [Schedule(p, m, v, kind) for p, m, v in SIZES for kind in KINDS]
 
@@ -81,7 +83,12 @@ def test_1f1b_keeps_as_many_inputs_as_there_are_stages_and_gpipe_all(p, v):
 def test_events_are_those_of_the_pipeline_s_two_ends(schedule):
     last = schedule.stages * schedule.chunks - 1
     forward, backward = runs(schedule, schedule.forward), runs(schedule, schedule.backward)
-    expected = {"entering": (forward, 0), "leaving": (forward, last), "turning": (backward, last), "returning": (backward, 0)}
+    expected = {
+        "entering": (forward, 0),
+        "leaving": (forward, last),
+        "turning": (backward, last),
+        "returning": (backward, 0),
+    }
     live = {}
     for name, (units, virtual) in expected.items():
         events = getattr(schedule, name)
@@ -106,7 +113,9 @@ def test_evaluation_runs_forward_only_with_any_number_of_microbatches(p, m, v):
 def test_a_pipeline_that_does_not_divide_is_refused():
     check_pipeline(num_layers=8, stages=4, chunks=2, microbatches=8)
     check_pipeline(num_layers=8, stages=4, chunks=1, microbatches=3)
-    with pytest.raises(UserError, match=r"num_layers=6 .*mesh\.stage=4 x .*pipeline_chunks=1; choose stage from 1, 2, 3, 6$"):
+    with pytest.raises(
+        UserError, match=r"num_layers=6 .*mesh\.stage=4 x .*pipeline_chunks=1; choose stage from 1, 2, 3, 6$"
+    ):
         check_pipeline(num_layers=6, stages=4, chunks=1, microbatches=4)
     with pytest.raises(UserError, match=r"num_layers=8 .*stage=4 x .*chunks=4; choose stage from 1, 2$"):
         check_pipeline(num_layers=8, stages=4, chunks=4, microbatches=4)
