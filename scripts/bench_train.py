@@ -165,14 +165,14 @@ def _jax_steps(shape: dict, threads: int):
 
     from ml.models import Transformer, TransformerConfig, logical_axes
     from ml.optim import OptimizerConfig, ScheduleConfig, make_optimizer
-    from ml.parallel import MeshConfig, Rules, make_mesh, place_batch
+    from ml.parallel import MeshConfig, Rules, place_batch
     from ml.train.config import TrainConfig
     from ml.train.state import init_state
     from ml.train.step import make_train_step
 
     batch_size, length = shape["batch"], shape["length"]
     config = TransformerConfig(max_length=length, **{k: v for k, v in shape.items() if k not in ("batch", "length")})
-    rules = Rules(make_mesh(MeshConfig()))
+    rules = Rules.make(MeshConfig())
     jax.set_mesh(rules.mesh)
     train_config = TrainConfig(batch_size=batch_size, loss_chunk=128)
     model = Transformer(config, remat=train_config.remat, place=rules.spec)
@@ -181,7 +181,7 @@ def _jax_steps(shape: dict, threads: int):
         optimizer, ScheduleConfig(kind="constant"), total_steps=1000, batch_size=batch_size, axes=logical_axes(config)
     )
     state = init_state(model, tx, rules, seed=0, ema=False)
-    step = jax.jit(make_train_step(model, tx, schedule, train_config), donate_argnums=0)
+    step = jax.jit(make_train_step(model, tx, schedule, train_config, rules), donate_argnums=0)
     random = np.random.default_rng(0)
 
     def run() -> float:

@@ -43,7 +43,7 @@ def main() -> None:
     from ml.data import check_vocab, heldout_batches, prepare
     from ml.errors import UserError
     from ml.models import Transformer
-    from ml.parallel import MeshConfig, Rules, make_mesh
+    from ml.parallel import MeshConfig, Rules
     from ml.train.config import TrainConfig
     from ml.train.evaluation import make_evaluate
 
@@ -75,7 +75,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         prepared = prepare(data, folder if side == "heldout" else scratch, where="--text")
         check_vocab(prepared.tokenizer, config.vocab_size)
-        rules = Rules(make_mesh(MeshConfig()))
+        rules = Rules.make(MeshConfig())
         rows = -(-args.batch_size // rules.batch_shards) * rules.batch_shards
         batches = heldout_batches(prepared, global_batch_size=rows, side=side)
         text_bytes = prepared.heldout_bytes if side == "heldout" else prepared.train_bytes

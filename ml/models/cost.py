@@ -216,7 +216,9 @@ def activation_memory(
     columns, scores = _blocks(c, length) if attention == "xla" else (1.0, 0.0)
     everything = _everything(c, size, columns)
     casts = 0
-    if remat == "full":
+    if remat == "offload":
+        kept = 0.0
+    elif remat == "full":
         kept = size * c.embed_dim
     elif remat == "none":
         kept = everything

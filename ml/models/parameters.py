@@ -21,6 +21,11 @@ def unplaced(*axes: str | None) -> None:
     return None
 
 
+def placed(x: jax.Array, spec: PartitionSpec | None) -> jax.Array:
+    """``x`` moved to ``spec``, if it is not there already or off any mesh."""
+    return x if spec is None or jax.typeof(x).sharding.spec == spec else jax.reshard(x, spec)
+
+
 @flax.struct.dataclass
 class LogicalAxes(meta.AxisMetadata):
     """A freshly initialized parameter together with the names of its axes; `flax.linen.scan` prepends ``layers``."""

@@ -6,6 +6,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PyTree
 
 from ml.models import rope
@@ -13,7 +14,7 @@ from ml.models.attention import AttentionLayer, AttentionStrategy, SelfAttention
 from ml.models.config import RopeConfig, TransformerConfig
 from ml.models.layers import MLP, Attention, Projection, block_norm
 from ml.models.moe import MoE
-from ml.models.parameters import LogicalAxes, Placement, unplaced, weight
+from ml.models.parameters import LogicalAxes, Placement, placed, unplaced, weight
 from ml.weights import dot, take
 
 # What the backward pass keeps of a block. Everything else is computed again.
@@ -22,6 +23,12 @@ REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.checkpoint_dots,
     "dots_no_batch": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
     "full": jax.checkpoint_policies.nothing_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["residual"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -44,6 +51,7 @@ class Block(nn.Module):
         """Carries (residual stream, attention state, summed balancing loss) through one layer."""
         c = self.config
         x, state, balance = carry
+        x = checkpoint_name(x, "residual")
         layer = AttentionLayer(
             per_layer.index, _window(c, per_layer.local), c.attention_scale or c.head_dim**-0.5, c.attention_softcap
         )
@@ -97,6 +105,7 @@ class Transformer(nn.Module):
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast),
+            check_constancy_invariants=False,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, self.place)
         self.final_norm = block_norm(c)
@@ -140,7 +149,7 @@ class Transformer(nn.Module):
         self, tokens: Int[Array, "batch length"], positions: Int[Array, "batch length"]
     ) -> Float[Array, "batch length embed"]:
         """What the first block receives; reads no layer."""
-        c, place = self.config, self.place("batch", "length", None)
+        c, place = self.config, self.place("batch", "residual", None)
         x = take(tokens, self.embed(), dtype=self.dtype, out_sharding=place)
         if c.scale_embedding:
             x = x * jnp.asarray(c.embed_dim**0.5, self.dtype)
@@ -173,7 +182,7 @@ class Transformer(nn.Module):
 
     def normalize(self, x: Float[Array, "batch length embed"]) -> Float[Array, "batch length embed"]:
         """What `logits` receives, of what the last block returned."""
-        return self.final_norm(x)
+        return placed(self.final_norm(x), self.place("batch", "length", None))
 
     def logits(self, hidden: Float[Array, "batch length embed"]) -> Float[Array, "batch length vocab"]:
         """Logits, float32, of hidden states that `__call__` returned; reads only `head_params`."""

@@ -1,6 +1,7 @@
 """Device meshes, and the table that maps logical axes to mesh axes."""
 
-from ml.parallel.mesh import MeshConfig, make_mesh
-from ml.parallel.rules import Rules, place_batch
+from ml.parallel.batches import place_batch
+from ml.parallel.mesh import AXES, MeshConfig, make_mesh
+from ml.parallel.rules import LAYOUTS, Layout, Rules
 
-__all__ = ["MeshConfig", "Rules", "make_mesh", "place_batch"]
+__all__ = ["AXES", "LAYOUTS", "Layout", "MeshConfig", "Rules", "make_mesh", "place_batch"]

@@ -14,10 +14,10 @@ from jaxtyping import PyTree
 
 
 def deal(layers: PyTree, stages: int, chunks: int) -> PyTree:
-    """Orders the leading axis of every leaf ``[layers, ...]``, sharded over ``stage``, so that shard ``s`` has its runs.
+    """Orders the leading axis of every leaf ``[layers, ...]``, cut over ``stage``, so that each stage has its runs.
 
-    Of the result's shard on stage ``s``, entries ``c n .. c n + n - 1`` are run ``c stages + s``, with ``n`` layers in a run.
-    Takes ``chunks`` rounds, in each of which every stage sends one run and receives one.
+    In the shard on stage ``s`` of the result, the ``c``-th of ``chunks`` equal parts is run ``c stages + s``. Takes
+    ``chunks`` rounds, in each of which every stage sends one run and receives one.
     """
     return _move(layers, stages, chunks, back=False)
 
@@ -54,8 +54,7 @@ def _move(layers: PyTree, stages: int, chunks: int, back: bool) -> PyTree:
 
 
 def _rounds(stages: int, chunks: int) -> list[list[tuple[int, int, int, int]]]:
-    """Moves ``(owner, place there, computing stage, place there)`` of all runs, such that a stage sends and receives once
-    in a round.
+    """Rounds of moves ``(owner, place there, computing stage, place there)``: in each, a stage sends and receives once.
 
     Run ``k`` goes from ``k // v`` to ``k % p`` in round ``(k + k // lcm(v, p)) % v``. Of one owner these are ``v``
     consecutive runs within one block of ``lcm(v, p)``. Those of one receiver within a block are all ``k % v`` that are

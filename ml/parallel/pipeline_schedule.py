@@ -1,9 +1,9 @@
 """Which part of which microbatch each pipeline stage computes, and when: GPipe, 1F1B and their interleaved forms.
 
 The layers are cut into ``chunks * stages`` equal runs. Run ``k = chunk * stages + stage`` lies on ``stage``, so that a
-microbatch travels round the ring of stages ``chunks`` times. All stages march in step: in one *tick* a stage computes at
-most one *forward unit* and then at most one *backward unit* (one run of layers on one microbatch each), and hands the
-result to its neighbour for the next tick. With ``p`` stages, ``v`` chunks, and microbatch ``g * p + j`` (``j < p``),
+microbatch travels round the ring of stages ``chunks`` times. All stages march in step: in one *tick* a stage computes
+at most one *forward unit* and then at most one *backward unit* (one run of layers on one microbatch each), and hands
+the result to its neighbour for the next tick. With ``p`` stages, ``v`` chunks, and microbatch ``g p + j`` (``j < p``),
 
     forward unit   u = g p v + c p + j            runs on stage s at tick u + s,
     backward unit  w = g p v + (v - 1 - c) p + j  runs on stage s at tick T + w + (p - 1 - s),
@@ -232,7 +232,7 @@ def check_pipeline(*, num_layers: int, stages: int, chunks: int, microbatches: i
 
 
 def _share(begin: np.ndarray, end: np.ndarray) -> tuple[int, np.ndarray]:
-    """Gives each interval of ticks (both ends included) a slot that no other has meanwhile; as few slots as possible."""
+    """Gives each interval of ticks (both ends included) a slot to itself meanwhile; as few slots as possible."""
     slot = np.zeros(begin.shape, int)
     busy_until: list[int] = []
     for i in np.argsort(begin, kind="stable"):

@@ -23,7 +23,8 @@ class TrainConfig:
       dtype: of activations; ``auto``: bfloat16 on accelerators, float32 on CPU. Parameters are always float32.
       remat: what the backward pass keeps of a layer (`ml.models.REMAT_POLICIES`): ``none`` keeps everything,
         ``dots_no_batch`` the products with weights (attention and elementwise work is done again), ``full`` only the
-        layer's input.
+        layer's input, ``offload`` only that, in the hosts' memory.
+      offload_optimizer: keep the optimizer state in the hosts' memory between steps.
       attention: implementation of training attention (`pallas_kernels.flash_attention`).
       loss_chunk: tokens of a row whose logits exist at one time; 0: all.
       z_loss: weight of ``log(Z)^2``, which keeps the softmax normalizer near one (PaLM, section 5).
@@ -43,7 +44,8 @@ class TrainConfig:
     batch_size: int = 256
     microbatches: int = 1
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    remat: Literal["none", "dots", "dots_no_batch", "full"] = "dots_no_batch"
+    remat: Literal["none", "dots", "dots_no_batch", "full", "offload"] = "dots_no_batch"
+    offload_optimizer: bool = False
     attention: Implementation = "auto"
     loss_chunk: int = 0
     z_loss: float = 0.0

@@ -13,7 +13,7 @@ import numpy as np
 from ml.models import Transformer
 from ml.parallel import Rules, place_batch
 from ml.train.config import TrainConfig
-from ml.train.step import make_loss
+from ml.train.objective import make_loss
 
 
 @dataclasses.dataclass(frozen=True)

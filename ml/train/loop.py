@@ -91,7 +91,7 @@ def train(config: ExperimentConfig, path: str | os.PathLike[str]) -> Result:
             if first:
                 recorder.display.log(f"going on from the checkpoint of step {first}")
             pending, started = None, None
-            step_fn = make_train_step(parts.model, parts.tx, parts.schedule, config.train)
+            step_fn = make_train_step(parts.model, parts.tx, parts.schedule, config.train, parts.rules)
             for step in range(first + 1, steps + 1):
                 host_batch = next(parts.loader)
                 batch = place_batch(host_batch, parts.rules, config.train.microbatches)

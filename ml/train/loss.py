@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 
@@ -63,11 +64,17 @@ def _forward(logits_of, head, hidden, targets, mask, z_loss, chunk):
 def _backward(logits_of, z_loss, chunk, saved, cotangents):
     head_grad, hidden_grad = saved
     scale = cotangents[0]  # of the objective; the cross-entropy is a report
-    scaled = jax.tree.map(lambda g: (g * scale).astype(g.dtype), (head_grad, hidden_grad))
+    scaled = jax.tree.map(lambda g: (g * _beside(g, scale)).astype(g.dtype), (head_grad, hidden_grad))
     return (*scaled, None, None)
 
 
 chunked_loss.defvjp(_forward, _backward)
+
+
+def _beside(gradient, scale):
+    """``scale`` as a factor of a gradient that is not yet summed over all devices, which takes only such."""
+    axes = jax.typeof(gradient).sharding.spec.unreduced
+    return jax.reshard(scale, PartitionSpec(reduced=axes)) if axes else scale
 
 
 def _chunks(hidden, targets, mask, chunk):

@@ -9,10 +9,11 @@ One program for all stages marches in ticks, as `ml.parallel.pipeline_schedule` 
    again, within which the block's own rematerialization holds), and passes the gradient back;
 5. all stages together take the gradient of the embedding of the microbatch that has come back, if one has.
 
-What concerns the pipeline as a whole (1, 3, 5) is ordinary code on the mesh, with the vocabulary cut over ``stage`` too
-(`ml.train.pipeline_parts`). The units (2, 4) run in a `shard_map` over ``stage`` alone: the other mesh axes stay explicit
-inside, so that the model is placed as ever and may itself map over them. No control flow depends on the stage: an idle
-one computes on zeros, in time that the schedule could not use anyway.
+What concerns the pipeline as a whole (1, 3, 5) is ordinary code on the mesh, with the vocabulary cut over ``stage``
+too, so that no stage idles meanwhile or does what another does (`ml.train.pipeline_parts`). The units (2, 4) run in a
+`shard_map` over ``stage`` alone: the other mesh axes stay explicit inside, so that the model is placed as ever and may
+itself map over them. No control flow depends on the stage: an idle one computes on zeros, in time that the schedule
+could not use anyway.
 """
 
 import dataclasses
@@ -32,7 +33,8 @@ from ml.parallel import Rules
 from ml.parallel.layer_dealing import collect, deal
 from ml.parallel.pipeline_schedule import Events, Phase, Schedule, Units, check_pipeline
 from ml.train.config import TrainConfig
-from ml.train.pipeline_parts import Batch, Metrics, Parts, Wrap
+from ml.train.objective import Batch, Metrics
+from ml.train.pipeline_parts import Parts, Wrap
 
 
 def pipelined_value_and_grad(
@@ -87,8 +89,8 @@ def pipelined_loss(
 ) -> Callable[..., tuple[jax.Array, Metrics]]:
     """Returns ``(params, batch [microbatches, rows, length], constants=None) -> (objective, metrics)``, to be jitted.
 
-    The sums of `pipelined_value_and_grad` without the gradients, for any number of microbatches: with one, a single stage
-    is busy at any time; with ``stage`` of them, half.
+    The sums of `pipelined_value_and_grad` without the gradients, for any number of microbatches: with one, a single
+    stage is busy at any time; with ``stage`` of them, half of the stages are.
     """
     stages, chunks = rules.mesh.shape["stage"], config.pipeline_chunks
     check_pipeline(num_layers=model.config.num_layers, stages=stages, chunks=chunks, microbatches=stages)
@@ -190,8 +192,8 @@ class _Program:
             g=self._zeros("stage") if trains else None,
             inputs=self._zeros("stage", self.schedule.slots + 1) if trains else None,
             head_grads=self._zeros(self.schedule.head_slots) if trains else None,
-            layer_grads=jax.tree.map(jnp.zeros_like, self.layers) if trains else None,
-            rest_grads=jax.tree.map(jnp.zeros_like, self.rest) if trains else None,
+            layer_grads=_zeros_like(self.layers) if trains else None,
+            rest_grads=_zeros_like(self.rest) if trains else None,
             layer_metrics=dict.fromkeys(("objective", "balance"), of_stage),
             head_metrics=dict.fromkeys(("objective", "loss"), jnp.zeros(())),
         )
@@ -247,7 +249,7 @@ class _Program:
         return dataclasses.replace(carry, g=g, layer_grads=layer_grads, rest_grads=rest_grads, layer_metrics=metrics)
 
     def _on_stages(self, unit: Callable[..., Any], common: tuple[Any, ...], state: tuple[Any, ...]) -> Any:
-        """``unit(stage, layers, constants, batch, *common, *state)`` on every stage, with its part of layers and state."""
+        """``unit(stage, layers, constants, batch, *common, *state)`` on each stage, with its own layers and state."""
         every, own = PartitionSpec(), PartitionSpec("stage")
 
         def local(layers: Any, constants: Any, batch: Any, common: Any, state: Any) -> Any:
@@ -308,6 +310,10 @@ class _Program:
         return jax.lax.ppermute(x, "stage", [(s, (s + by) % self.stages) for s in range(self.stages)])[None]
 
 
+def _zeros_like(params: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), params)
+
+
 def _item(tree: PyTree, index: Any, axis: int = 0) -> PyTree:
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, axis, keepdims=False), tree)
 
@@ -323,7 +329,7 @@ def _add_where(active: jax.Array, total: Metrics, new: Metrics) -> Metrics:
     return jax.tree.map(lambda a, b: a + jnp.where(active, b, 0), total, new)
 
 
-def _when(ticks: np.ndarray, now: jax.Array, do: Callable[[], Any], otherwise: Any) -> Any:
+def _when(ticks: np.ndarray, now: Any, do: Callable[[], Any], otherwise: Any) -> Any:
     """``do()`` if it is due ``now``, else ``otherwise``; no question is asked if all ``ticks`` of the phase agree.
 
     The answer is the same on all devices, so that ``do`` may communicate.

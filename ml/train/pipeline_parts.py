@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,9 +15,8 @@ from ml.models import AttentionStrategy, Transformer, head_params, logical_axes
 from ml.parallel import Rules
 from ml.train.config import TrainConfig
 from ml.train.loss import chunked_loss
+from ml.train.objective import Batch, Metrics
 
-Batch = Mapping[str, jax.Array]
-Metrics = dict[str, jax.Array]
 # (what is differentiated, constants that belong to it) -> parameters of the model. Leaf by leaf, so that it holds for
 # any part of the tree and any run of the layers.
 Wrap = Callable[[PyTree, PyTree], PyTree]
@@ -27,7 +26,7 @@ Wrap = Callable[[PyTree, PyTree], PyTree]
 class Parts:
     """Three functions of one microbatch ``[rows, length]``; ``rest`` is the parameters without ``layers``.
 
-    Before and after the blocks the vocabulary is cut over ``stage`` too, if all its shards divide into stages; otherwise
+    Before and after the blocks the vocabulary is cut over ``stage`` too, if it divides into so many shards; otherwise
     every stage does the same work there.
 
     Attributes:

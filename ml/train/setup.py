@@ -16,7 +16,7 @@ from ml.errors import UserError
 from ml.models import Transformer, TransformerConfig, init_params, logical_axes
 from ml.models.cost import activation_memory
 from ml.optim import eval_params, make_optimizer
-from ml.parallel import Rules, make_mesh
+from ml.parallel import Rules
 from ml.train.config import ExperimentConfig
 from ml.train.evaluation import make_evaluate
 from ml.train.state import TrainState, init_state
@@ -51,7 +51,7 @@ def make_parts(config: ExperimentConfig, workdir: Workdir) -> Parts:
       UserError: something in ``config`` does not fit the devices, the data or something else in it.
     """
     train = config.train
-    rules = Rules(make_mesh(config.mesh))
+    rules = Rules.make(config.mesh)
     if train.batch_size % (train.microbatches * rules.batch_shards):
         raise UserError(
             f"config.train.batch_size={train.batch_size} is not a multiple of microbatches={train.microbatches} x "
@@ -122,6 +122,7 @@ def make_state(parts: Parts, checkpointer: Checkpointer) -> tuple[TrainState, in
         parts.rules,
         seed=parts.config.seed,
         ema=train.ema > 0,
+        offload=train.offload_optimizer,
         params=_pretrained(parts) if train.init_from and checkpointer.latest_step() is None else None,
     )
     if checkpointer.latest_step() is None:

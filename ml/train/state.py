@@ -6,10 +6,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, PyTree
 
 from ml.models import Transformer, init_params, logical_axes
 from ml.parallel import Rules
+from ml.train.offload import HOST, moved_to_host, on_host
 
 
 @flax.struct.dataclass
@@ -32,7 +34,14 @@ class TrainState:
 
 
 def init_state(
-    model: Transformer, tx: optax.GradientTransformation, rules: Rules, *, seed: int, ema: bool, params: Any = None
+    model: Transformer,
+    tx: optax.GradientTransformation,
+    rules: Rules,
+    *,
+    seed: int,
+    ema: bool,
+    offload: bool = False,
+    params: Any = None,
 ) -> TrainState:
     """Creates the state on the mesh, each device only its shards.
 
@@ -42,14 +51,52 @@ def init_state(
       rules: where parameters go; optimizer state follows them.
       seed: of the random parameters.
       ema: whether to keep a moving average.
+      offload: whether the optimizer state lives in the hosts' memory.
       params: parameters to start from instead of random ones, already placed.
     """
     if params is None:
-        axes = logical_axes(model.config)
-        shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-        create = jax.jit(lambda key: init_params(model, key), out_shardings=rules.shardings(axes, shapes))
+        create = jax.jit(lambda key: init_params(model, key), out_shardings=_shardings(model, rules))
         params = create(jax.random.key(seed))
-    # `copy` gives the average buffers of its own: both are donated to the step.
-    rest = jax.jit(lambda p: (tx.init(p), jax.tree.map(jnp.copy, p) if ema else None, jnp.zeros((2,), jnp.int32)))
-    opt_state, average, zeros = rest(params)
-    return TrainState(step=zeros[0], params=params, opt_state=opt_state, ema=average, skipped=zeros[1])
+    return jax.jit(lambda params: _around(params, tx, ema, offload))(params).replace(params=params)
+
+
+def abstract_state(
+    model: Transformer, tx: optax.GradientTransformation, rules: Rules, *, ema: bool, offload: bool = False
+) -> TrainState:
+    """The state as shapes and placements: what `init_state` would make, on devices that need not exist."""
+    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    params = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, _shardings(model, rules)
+    )
+    with jax.sharding.use_abstract_mesh(rules.mesh.abstract_mesh):
+        rest = jax.eval_shape(lambda params: _around(params, tx, ema, False), params)
+
+    def placed(leaf: Any) -> jax.ShapeDtypeStruct:
+        spec = leaf.sharding.spec if leaf.sharding else PartitionSpec()  # counters made from no array have none
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(rules.mesh, spec))
+
+    def hosted(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        if not on_host(leaf):
+            return leaf
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding.with_memory_kind(HOST))
+
+    state = jax.tree.map(placed, rest).replace(params=params)
+    return state.replace(opt_state=jax.tree.map(hosted, state.opt_state)) if offload else state
+
+
+def _shardings(model: Transformer, rules: Rules) -> PyTree[NamedSharding]:
+    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    return rules.shardings(logical_axes(model.config), shapes)
+
+
+def _around(params: PyTree, tx: optax.GradientTransformation, ema: bool, offload: bool) -> TrainState:
+    """All of a state but the parameters themselves, which are not copied."""
+    opt_state, zeros = tx.init(params), jnp.zeros((2,), jnp.int32)
+    return TrainState(
+        step=zeros[0],
+        params=None,
+        opt_state=moved_to_host(opt_state) if offload else opt_state,
+        # `copy` gives the average buffers of its own: both are donated to the step.
+        ema=jax.tree.map(jnp.copy, params) if ema else None,
+        skipped=zeros[1],
+    )

@@ -16,6 +16,7 @@ _MAY_CHANGE = (
     "train.microbatches",
     "train.dtype",
     "train.remat",
+    "train.offload_optimizer",
     "train.attention",
     "train.loss_chunk",
     "train.nonfinite",

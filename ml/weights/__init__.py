@@ -6,5 +6,6 @@ leaf's type. So a new way to store or adapt a weight is one file here that regis
 """
 
 from ml.weights.dense import dot, materialize, ragged_dot, take
+from ml.weights.gathered import Gathered
 
-__all__ = ["dot", "materialize", "ragged_dot", "take"]
+__all__ = ["Gathered", "dot", "materialize", "ragged_dot", "take"]

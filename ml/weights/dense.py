@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 
-def _dispatch_on_weight(rule: Callable) -> Callable:
+def _dispatch_on_weight(rule: Callable) -> Any:
     """`functools.singledispatch` on the argument named ``w``, the last positional one."""
     table = functools.singledispatch(rule)
 
@@ -54,9 +54,19 @@ def ragged_dot(x: Float[Array, "rows inner"], group_sizes: Int[Array, " groups"]
 def take(
     indices: Int[Array, "..."], w: Any, *, dtype: Any = None, out_sharding: PartitionSpec | None = None
 ) -> Float[Array, "... embed"]:
-    """Looks rows up: ``w[indices]``, for a weight that is logically ``[rows, embed]``."""
-    rows = _array(w).at[indices].get(out_sharding=out_sharding, mode="clip")
-    return rows if dtype is None else rows.astype(dtype)
+    """Looks rows up: ``w[indices]``, for a weight that is logically ``[rows, embed]``.
+
+    Where the table is cut along ``embed``, each device looks its columns up for all tokens of the devices that hold
+    the other columns, and they exchange: what crosses the network is as large as the result, and nothing is held whole.
+    """
+    w = _array(w)
+    cut = _axes(jax.typeof(w).sharding.spec.partitions[-1]) if out_sharding else ()
+    if not cut or out_sharding is None:
+        rows = w.at[indices].get(out_sharding=out_sharding, mode="clip")
+        return rows if dtype is None else rows.astype(dtype)
+    outer = [tuple(axis for axis in _axes(entry) if axis not in cut) or None for entry in out_sharding.partitions[:-1]]
+    rows = w.at[jax.reshard(indices, PartitionSpec(*outer))].get(out_sharding=PartitionSpec(*outer, cut), mode="clip")
+    return jax.reshard(rows if dtype is None else rows.astype(dtype), out_sharding)
 
 
 @_dispatch_on_weight
@@ -81,6 +91,11 @@ def _separate_backward(_: None, gradient: jax.Array) -> tuple[jax.Array]:
 
 
 _separate_gradient.defvjp(lambda y: (y, None), _separate_backward)
+
+
+def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes of one entry of a `PartitionSpec`."""
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
 def _array(w: Any) -> jax.Array:

@@ -12,13 +12,24 @@ from training_cases import MODELS, initial_params, ragged_batch
 
 from ml.models import Transformer, logical_axes
 from ml.optim import OPTIMIZERS, OptimizerConfig, ScheduleConfig, make_optimizer
-from ml.parallel import MeshConfig, Rules, make_mesh, place_batch
+from ml.parallel import MeshConfig, Rules, place_batch
 from ml.train.config import TrainConfig
 from ml.train.state import init_state
 from ml.train.step import make_train_step
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-MESHES = {"8x1x1": (8, 1, 1), "2x4x1": (2, 4, 1), "2x2x2": (2, 2, 2)}
+ONE = MeshConfig(1, 1, 1)
+MESHES = {
+    "8x1x1": MeshConfig(8, 1, 1),
+    "2x4x1": MeshConfig(2, 4, 1),
+    "2x2x2": MeshConfig(2, 2, 2),
+    "ddp": MeshConfig(4, 1, 2, layout="ddp"),
+    "zero1": MeshConfig(8, 1, 1, layout="zero1"),
+    "zero2": MeshConfig(2, 2, 2, layout="zero2"),
+    "zero3": MeshConfig(2, 4, 1, layout="zero3"),
+    "slices": MeshConfig(4, 2, 1, slices=2),
+    "residual": MeshConfig(4, 1, 2, sequence_residual=True),
+}
 ROWS, MICROBATCHES = 16, 2
 # Rate 1 without momentum: the first update is the gradient itself.
 GRADIENT = OptimizerConfig("sgd", 1.0, options={"momentum": 0.0})
@@ -32,10 +43,10 @@ def optimizer(name):
     return OptimizerConfig(name, 1.0 if name in free else 0.02, weight_decay=0.1, clip_norm=0.5)
 
 
-def two_steps(model_name, optimizer_name, degrees):
+def two_steps(model_name, optimizer_name, mesh):
     """Starts from the same parameters on any mesh; returns both steps' updates and metrics, and the average."""
     model, config = MODELS[model_name], optimizer(optimizer_name)
-    rules = Rules(make_mesh(MeshConfig(*degrees), jax.devices()[: math.prod(degrees)]))
+    rules = Rules.make(mesh, jax.devices()[: math.prod(mesh.degrees.values())])
     train = TrainConfig(steps=4, batch_size=ROWS, microbatches=MICROBATCHES, z_loss=0.01, ema=0.9, loss_chunk=10)
     axes, start = logical_axes(model), initial_params(model)
     tx, rate = make_optimizer(config, ScheduleConfig(kind="constant"), total_steps=4, batch_size=ROWS, axes=axes)
@@ -44,7 +55,7 @@ def two_steps(model_name, optimizer_name, degrees):
         params = jax.device_put(start, rules.shardings(axes, start))
         state = init_state(transformer, tx, rules, seed=0, ema=True, params=params)
         copies = check_shardings(state, rules, axes)
-        step = jax.jit(make_train_step(transformer, tx, rate, train))
+        step = jax.jit(make_train_step(transformer, tx, rate, train, rules))
         seen, metrics = [jax.device_get(state.params)], []
         for seed in range(2):
             state, scalars = step(state, place_batch(ragged_batch(ROWS, seed=seed), rules, MICROBATCHES))
@@ -76,7 +87,7 @@ def check_shardings(state, rules, axes):
 
 @functools.cache
 def on_one_device(model_name, optimizer_name):
-    return two_steps(model_name, optimizer_name, (1, 1, 1))
+    return two_steps(model_name, optimizer_name, ONE)
 
 
 def distance(got, expected):
@@ -103,9 +114,9 @@ def check(model_name, optimizer_name, mesh, tolerance):
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("model", ["moe", "gemma", "gpt2"])
+@pytest.mark.parametrize("model", ["gemma"])
 def test_every_model_has_the_same_gradient_on_every_mesh(model, mesh):
-    check(model, "gradient", mesh, 1e-4)
+    check(model, "gradient", mesh, 1e-5)
 
 
 # How many arrays of each parameter's shape the state holds at least; Adafactor factors them away.

@@ -8,7 +8,7 @@ import pytest
 from training_cases import MODELS, initial_params, ragged_batch
 
 from ml.models import SelfAttention, Transformer
-from ml.parallel import MeshConfig, Rules, make_mesh
+from ml.parallel import MeshConfig, Rules
 from ml.train.config import TrainConfig
 from ml.train.evaluation import HeldoutLoss, make_evaluate
 
@@ -19,7 +19,7 @@ BATCHES = 20  # more than are summed on the device at a time
 @pytest.fixture(scope="module")
 def case():
     model = MODELS["gemma"]
-    rules = Rules(make_mesh(MeshConfig()))
+    rules = Rules.make(MeshConfig())
     # A z-loss is part of the objective, and not of what is reported.
     evaluate = make_evaluate(Transformer(model, place=rules.spec), TrainConfig(z_loss=1.0, loss_chunk=6), rules)
     params = initial_params(model)

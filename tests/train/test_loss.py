@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ml.parallel import MeshConfig, Rules, make_mesh
+from ml.parallel import MeshConfig, Rules
 from ml.train.loss import chunked_loss
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -96,7 +96,7 @@ def test_bfloat16_hidden_states_are_summed_in_float32(case):
 @pytest.mark.parametrize("mesh", [MeshConfig(4, 1, 2), MeshConfig(2, 2, 2)], ids=["4x1x2", "2x2x2"])
 def test_a_vocabulary_cut_over_devices(case, chunk, mesh):
     head, hidden, targets, mask = case
-    rules = Rules(make_mesh(mesh))
+    rules = Rules.make(mesh)
 
     def sharded_logits(head, hidden):
         place = rules.spec("batch", "length", "vocab")

@@ -3,13 +3,13 @@
 import jax
 import jax.numpy as jnp
 
-from ml.parallel import MeshConfig, Rules, make_mesh
+from ml.parallel import MeshConfig, Rules
 from ml.train.memory import MemoryUse, bytes_per_device, memory_use
 from ml.train.state import TrainState
 
 
 def test_bytes_of_the_shards_on_one_device():
-    rules = Rules(make_mesh(MeshConfig(2, 2, 2)))
+    rules = Rules.make(MeshConfig(2, 2, 2))
     cut_both_ways = jax.device_put(jnp.zeros((8, 4), jnp.float32), rules.sharding("vocab", "embed"))
     cut_once = jax.device_put(jnp.zeros((8, 4), jnp.bfloat16), rules.sharding("layers", "embed"))
     everywhere = jax.device_put(jnp.zeros(3, jnp.int32), rules.sharding("norm"))

@@ -11,7 +11,7 @@ from training_cases import experiment, initial_params, write_corpus
 from ml.checkpoint import Checkpointer
 from ml.checkpoint.pretrained import save_workdir
 from ml.errors import UserError
-from ml.parallel import MeshConfig, Rules, make_mesh
+from ml.parallel import MeshConfig, Rules
 from ml.train.setup import make_model, make_parts, make_state
 from ml.train.workdir import Workdir
 
@@ -53,7 +53,7 @@ def test_what_does_not_fit_is_named(parts, changes, message):
 
 @pytest.mark.parametrize(("name", "dtype"), [("auto", "float32"), ("float32", "float32"), ("bfloat16", "bfloat16")])
 def test_activations_are_float32_on_a_cpu_unless_told_otherwise(corpus, name, dtype):
-    model = make_model(experiment(corpus, train__dtype=name), Rules(make_mesh(MeshConfig())))
+    model = make_model(experiment(corpus, train__dtype=name), Rules.make(MeshConfig()))
     assert model.dtype == jnp.dtype(dtype)
 
 

@@ -9,7 +9,7 @@ from training_cases import MODELS
 
 from ml.models import Transformer, logical_axes
 from ml.optim import OptimizerConfig, ScheduleConfig, make_optimizer
-from ml.parallel import MeshConfig, Rules, make_mesh
+from ml.parallel import MeshConfig, Rules
 from ml.train.state import init_state
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 @functools.cache
 def fresh(degrees, seed=0):
     model, count = MODELS["dense"], int(np.prod(degrees))
-    rules = Rules(make_mesh(MeshConfig(*degrees), jax.devices()[:count]))
+    rules = Rules.make(MeshConfig(*degrees), jax.devices()[:count])
     lamb = OptimizerConfig("lamb", 0.1)
     tx, _ = make_optimizer(lamb, ScheduleConfig(), total_steps=4, batch_size=8, axes=logical_axes(model))
     with jax.set_mesh(rules.mesh):

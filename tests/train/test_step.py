@@ -14,8 +14,9 @@ import ml.train.step
 from ml.models import SelfAttention, Transformer, logical_axes
 from ml.optim import OptimizerConfig, ScheduleConfig, make_optimizer
 from ml.train.config import TrainConfig
+from ml.train.objective import make_loss
 from ml.train.state import TrainState
-from ml.train.step import make_loss, make_train_step
+from ml.train.step import make_train_step
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROWS = 8
