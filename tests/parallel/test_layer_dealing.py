@@ -12,7 +12,7 @@ from ml.parallel.layer_dealing import _rounds, collect, deal
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-@pytest.mark.parametrize(("stages", "chunks"), itertools.product((1, 2, 3, 4, 6, 8, 12), (1, 2, 3, 4, 6, 8)))
+@pytest.mark.parametrize(("stages", "chunks"), list(itertools.product((1, 2, 3, 4, 6, 8, 12), (1, 2, 3, 4, 6, 8))))
 def test_in_each_round_a_stage_sends_one_run_and_receives_one(stages, chunks):
     everyone = list(range(stages))
     rounds = _rounds(stages, chunks)
