@@ -19,6 +19,8 @@ _MAY_CHANGE = (
     "train.offload_optimizer",
     "train.attention",
     "train.context",
+    "train.pipeline",
+    "train.pipeline_chunks",
     "train.loss_chunk",
     "train.nonfinite",
     "train.log_every",
