@@ -171,6 +171,22 @@ loop.place_batch = fail
     assert re.fullmatch(told, running[0].stderr.splitlines()[-1]), running[0].stderr
 
 
+def test_a_folder_that_is_not_shared_is_named(config, tmp_path):
+    """Each process has a disk of its own."""
+    own = f"""
+import ml.train.workdir, pathlib, sys
+ml.train.workdir._VISIBLE_SECONDS = 0.5
+before = ml.train.workdir.Workdir.__init__
+def init(self, path):
+    before(self, pathlib.Path({str(tmp_path)!r}, sys.argv[-1].removeprefix("--")))
+ml.train.workdir.Workdir.__init__ = init
+"""
+    with pair(config, tmp_path / "w", before=own) as running:
+        assert [one.wait().returncode for one in running] == [2, 2], [one.stderr for one in running]
+    for one in running:
+        assert "is not the same folder on all machines: process 1 does not see what process 0" in one.stderr
+
+
 def test_a_signal_to_one_stops_both_after_the_same_step(config, alone, tmp_path):
     with pair(config, tmp_path / "w", before=SLOWLY) as running:
         running[0].wait_until(lambda: len(rows(tmp_path / "w")) >= 2)
