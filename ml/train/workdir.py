@@ -99,8 +99,8 @@ class Workdir:
         if blind:
             who = ", ".join(map(str, blind))
             raise UserError(
-                f"--workdir={self.path} is not the same folder on all machines: process {who} does not see what process 0 "
-                "writes there; choose a folder in a file system that they share"
+                f"--workdir={self.path} is not the same folder on all machines: process {who} does not see what "
+                "process 0 writes there; choose a folder in a file system that they share"
             )
 
     def claim(self, config: ExperimentConfig) -> None:
