@@ -132,6 +132,7 @@ def _fork(request: dict[str, Any]) -> int:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         exec(request["before"], {})
         sys.argv = request["argv"]
+        sys.path.insert(0, str((ROOT / sys.argv[0]).parent))  # as Python does for a script
         runpy.run_path(sys.argv[0], run_name="__main__")
         status = 0
     except SystemExit as end:
@@ -151,7 +152,6 @@ def _serve() -> None:
     import ml.train.loop
     import ml.train.summary  # noqa: F401
 
-    sys.path.insert(0, str(ROOT / "scripts"))  # as Python does for a script
     ended: dict[int, int] = {}
     running: set[int] = set()
 

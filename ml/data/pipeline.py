@@ -8,8 +8,8 @@ global batch size.
 
 Grain's `ElasticIterator` keeps the same state, but deals rows to hosts like cards: host ``i`` of ``n`` gets rows
 ``i, i + n, ...``. The set of rows in a global batch is then the same for every ``n``, yet their order, and with it
-which rows share a microbatch, is not. Here host ``i`` gets the ``i``-th contiguous part, so that the hosts' batches,
-one after another, are the same array on any number of hosts.
+which rows share a microbatch, is not. Here each microbatch is a contiguous part of the global batch, and each host gets
+contiguous parts of every microbatch, so that the microbatches are the same on any number of hosts.
 """
 
 import hashlib
@@ -44,11 +44,12 @@ class Loader(Iterator[Batch]):
     def __next__(self) -> Batch:
         """The next batch: ``tokens``, ``targets``, ``segment_ids``, ``positions`` int32, ``loss_mask`` float32.
 
-        Each is ``[global_batch_size / shard_count, sequence_length]``; see `ml.data.rows.gather`.
+        Each is ``[rows, sequence_length]``, this host's rows of the first microbatch before those of the second; see
+        `ml.data.rows.gather`.
         """
         if self._batches is None:
             rows = _HostRows(self._order, self._next_row, self._share)
-            dataset = rows.batch(self._share.rows, drop_remainder=True).map(self._read)
+            dataset = rows.batch(len(self._share.rows), drop_remainder=True).map(self._read)
             # Rows come out of the page cache, so threads beyond two would only contend for the interpreter.
             ahead = 1 if self._num_workers else 2
             stream = dataset.to_iter_dataset(grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead))
@@ -101,7 +102,7 @@ class HeldoutBatches:
     def __iter__(self) -> Iterator[Batch]:
         padded = len(self) * self._share.global_batch_size  # numbers beyond the last row are read as padding
         rows = _HostRows(grain.MapDataset.range(padded), 0, self._share)
-        dataset = rows.batch(self._share.rows).map(self._read)
+        dataset = rows.batch(len(self._share.rows)).map(self._read)
         return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)))
 
 
@@ -110,25 +111,28 @@ def make_loader(
     *,
     global_batch_size: int,
     seed: int,
-    shard_index: int = 0,
+    shard_index: int | Sequence[int] = 0,
     shard_count: int = 1,
+    microbatches: int = 1,
     num_workers: int | None = None,
 ) -> Loader:
     """An endless, shuffled, weighted mixture of the training rows.
 
     Args:
       prepared: from `ml.data.prepare`.
-      global_batch_size: rows in a batch of all hosts together; a multiple of ``shard_count``.
+      global_batch_size: rows in a batch of all hosts together; a multiple of ``shard_count * microbatches``.
       seed: of the shuffle.
-      shard_index: this host, 0 <= ``shard_index`` < ``shard_count``; gets that contiguous part of each global batch.
-      shard_count: hosts.
+      shard_index: which of ``shard_count`` contiguous parts of each microbatch are this host's: one, or several in
+        ascending order (`ml.parallel.loader_share`); hosts may share parts.
+      shard_count: parts.
+      microbatches: contiguous parts of the global batch that are cut up one by one.
       num_workers: processes that assemble batches; ``None`` takes ``prepared.config.num_workers``. With any, the
         program's main module must be importable (the ``if __name__ == "__main__"`` guard).
 
     Raises:
-      UserError: the batch cannot be divided among the hosts.
+      UserError: the batch cannot be divided into the parts.
     """
-    share = _Share.of(global_batch_size, shard_index, shard_count)
+    share = _Share(global_batch_size, shard_index, shard_count, microbatches)
     stores = [source.train for source in prepared.sources]
     weights = [source.weight for source in prepared.sources]
     first = 0
@@ -149,7 +153,7 @@ def heldout_batches(
     prepared: Prepared,
     *,
     global_batch_size: int,
-    shard_index: int = 0,
+    shard_index: int | Sequence[int] = 0,
     shard_count: int = 1,
     side: Literal["heldout", "train"] = "heldout",
 ) -> HeldoutBatches:
@@ -160,36 +164,35 @@ def heldout_batches(
     Args:
       prepared: from `ml.data.prepare`.
       global_batch_size: rows in a batch of all hosts together.
-      shard_index, shard_count: this host's part, as in `make_loader`.
+      shard_index, shard_count: this host's parts, as in `make_loader`.
       side: ``train`` passes over the training rows instead, to measure a model on the whole of a text.
 
     Raises:
-      UserError: the batch cannot be divided among the hosts.
+      UserError: the batch cannot be divided into the parts.
     """
-    share = _Share.of(global_batch_size, shard_index, shard_count)
+    share = _Share(global_batch_size, shard_index, shard_count)
     stores = [getattr(source, side) for source in prepared.sources]
     return HeldoutBatches(sum(map(len, stores)), _Read(stores), share)
 
 
 class _Share:
-    """Which rows of a global batch are this host's."""
+    """Which rows of a global batch are this host's: ``rows``, ascending."""
 
-    def __init__(self, global_batch_size: int, first: int, rows: int):
-        self.global_batch_size = global_batch_size
-        self.first = first
-        self.rows = rows
-
-    @classmethod
-    def of(cls, global_batch_size: int, shard_index: int, shard_count: int) -> "_Share":
-        if not 0 <= shard_index < shard_count:
-            raise ValueError(f"shard_index={shard_index} must lie in [0, shard_count={shard_count})")
-        if global_batch_size < 1 or global_batch_size % shard_count:
+    def __init__(
+        self, global_batch_size: int, shard_index: int | Sequence[int], shard_count: int, microbatches: int = 1
+    ):
+        parts = [shard_index] if isinstance(shard_index, int) else list(shard_index)
+        if not parts or sorted(set(parts)) != parts or parts[0] < 0 or parts[-1] >= shard_count:
+            raise ValueError(f"shard_index={shard_index} must lie in [0, shard_count={shard_count}), ascending")
+        least = shard_count * microbatches
+        if global_batch_size < 1 or global_batch_size % least:
             raise UserError(
-                f"global batch size {global_batch_size} is not a positive multiple of the {shard_count} processes: "
-                f"use {max(1, -(-global_batch_size // shard_count)) * shard_count}"
+                f"global batch size {global_batch_size} is not a positive multiple of {shard_count} parts x "
+                f"{microbatches} microbatches: use {max(1, -(-global_batch_size // least)) * least}"
             )
-        rows = global_batch_size // shard_count
-        return cls(global_batch_size, shard_index * rows, rows)
+        numbers = np.arange(global_batch_size).reshape(microbatches, shard_count, -1)
+        self.global_batch_size = global_batch_size
+        self.rows: list[int] = numbers[:, parts].ravel().tolist()
 
 
 class _HostRows(grain.MapDataset):
@@ -201,13 +204,13 @@ class _HostRows(grain.MapDataset):
         self._share = share
 
     def __len__(self) -> int:
-        return (len(self._parent) - self._start) // self._share.global_batch_size * self._share.rows
+        return (len(self._parent) - self._start) // self._share.global_batch_size * len(self._share.rows)
 
     def __getitem__(self, index: SupportsIndex | slice):
         if isinstance(index, slice):
             return self.slice(index)
-        step, row = divmod(int(index), self._share.rows)
-        return self._parent[self._start + step * self._share.global_batch_size + self._share.first + row]
+        step, row = divmod(int(index), len(self._share.rows))
+        return self._parent[self._start + step * self._share.global_batch_size + self._share.rows[row]]
 
 
 class _Read(grain.transforms.Map):

@@ -1,7 +1,18 @@
-"""Device meshes, and the table that maps logical axes to mesh axes."""
+"""Device meshes, the table that maps logical axes to mesh axes, and the processes that share a mesh."""
 
-from ml.parallel.batches import place_batch
+from ml.parallel.batches import loader_share, place_batch
 from ml.parallel.mesh import AXES, MeshConfig, make_mesh
+from ml.parallel.roll import HealthConfig
 from ml.parallel.rules import LAYOUTS, Layout, Rules
 
-__all__ = ["AXES", "LAYOUTS", "Layout", "MeshConfig", "Rules", "make_mesh", "place_batch"]
+__all__ = [
+    "AXES",
+    "LAYOUTS",
+    "HealthConfig",
+    "Layout",
+    "MeshConfig",
+    "Rules",
+    "loader_share",
+    "make_mesh",
+    "place_batch",
+]

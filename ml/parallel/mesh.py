@@ -31,6 +31,7 @@ class MeshConfig:
       layout: how the ranks that share the work of a parameter share its bytes: a key of `ml.parallel.LAYOUTS`.
       sequence_residual: under tensor parallelism, cut the residual stream and its norms along the sequence between
         blocks (Korthikanti et al. 2022): the same bytes on the wire, ``1 / tensor`` of the memory.
+      sequence_order: which tokens of a row each shard of the sequence holds (`ml.parallel.context.chunks`).
       slices: groups of devices joined by a slower network (TPU slices over DCN); they divide ``slice_axis``.
       slice_axis: the axis that spans the slices.
     """
@@ -43,6 +44,7 @@ class MeshConfig:
     stage: int = 1
     layout: Literal["ddp", "zero1", "zero2", "zero3", "hybrid"] = "hybrid"
     sequence_residual: bool = False
+    sequence_order: Literal["zigzag", "contiguous"] = "zigzag"
     slices: int = 1
     slice_axis: Literal["data", "stage"] = "data"
 

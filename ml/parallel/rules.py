@@ -69,17 +69,19 @@ class Rules:
     Attributes:
       mesh: the devices.
       layout: key of `LAYOUTS`.
-      sequence_residual: see `MeshConfig`.
+      sequence_residual, sequence_order: see `MeshConfig`.
     """
 
     mesh: Mesh
     layout: str = "hybrid"
     sequence_residual: bool = False
+    sequence_order: Literal["zigzag", "contiguous"] = "zigzag"
 
     @classmethod
     def make(cls, config: MeshConfig, devices: Any = None) -> "Rules":
         """The rules on a new mesh; see `make_mesh`."""
-        return cls(make_mesh(config, devices), config.layout, config.sequence_residual)
+        mesh = make_mesh(config, devices)
+        return cls(mesh, config.layout, config.sequence_residual, config.sequence_order)
 
     @functools.cached_property
     def _tables(self) -> dict[str, dict[str, tuple[str, ...]]]:

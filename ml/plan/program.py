@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ from ml.data.rows import empty_batch
 from ml.models import Transformer
 from ml.parallel import Rules
 from ml.train.config import ExperimentConfig
-from ml.train.setup import check_batch, make_model, optimizer_of
+from ml.train.setup import check_mesh, make_model, optimizer_of
 from ml.train.state import TrainState, abstract_state
 from ml.train.step import make_train_step
 
@@ -37,11 +37,16 @@ class Program:
     batch: dict[str, Any]
 
     @functools.cached_property
+    def step(self) -> Callable[..., Any]:
+        """The train step, not compiled yet; it donates its state."""
+        step = make_train_step(self.model, self.tx, self.schedule, self.config.train, self.rules)
+        return jax.jit(step, donate_argnums=0)
+
+    @functools.cached_property
     def traced(self) -> Any:
         """The step's `jax.stages.Traced`."""
-        step = make_train_step(self.model, self.tx, self.schedule, self.config.train, self.rules)
         with jax.set_mesh(self.rules.mesh):
-            return jax.jit(step, donate_argnums=0).trace(self.state, self.batch)
+            return self.step.trace(self.state, self.batch)  # type: ignore[attr-defined]
 
     def compile(self) -> Any:
         """Compiles the step for the mesh's devices; raises whatever their compiler raises."""
@@ -60,7 +65,7 @@ def assemble(config: ExperimentConfig, devices: Sequence[Any] | None = None) -> 
       UserError: the mesh does not fit the devices, the model or the batch.
     """
     rules = Rules.make(config.mesh, devices)
-    check_batch(config.train, rules)
+    check_mesh(config, rules)
     model = make_model(config, rules)
     tx, schedule = optimizer_of(config)
     state = abstract_state(model, tx, rules, ema=config.train.ema > 0, offload=config.train.offload_optimizer)

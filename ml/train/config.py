@@ -8,7 +8,7 @@ from ml.data import DataConfig
 from ml.errors import UserError
 from ml.models import TransformerConfig
 from ml.optim import OptimizerConfig, ScheduleConfig
-from ml.parallel import MeshConfig
+from ml.parallel import HealthConfig, MeshConfig
 from pallas_kernels.flash_attention import Implementation
 
 
@@ -26,6 +26,8 @@ class TrainConfig:
         layer's input, ``offload`` only that, in the hosts' memory.
       offload_optimizer: keep the optimizer state in the hosts' memory between steps.
       attention: implementation of training attention (`pallas_kernels.flash_attention`).
+      context: how tokens attend over a sequence that ``config.mesh.sequence`` cuts: keys and values go round
+        (``ring``), or heads are exchanged for tokens (``ulysses``).
       loss_chunk: tokens of a row whose logits exist at one time; 0: all.
       z_loss: weight of ``log(Z)^2``, which keeps the softmax normalizer near one (PaLM, section 5).
       ema: decay of an exponential moving average of the parameters, used for evaluation; 0: none is kept.
@@ -42,6 +44,7 @@ class TrainConfig:
     remat: Literal["none", "dots", "dots_no_batch", "full", "offload"] = "dots_no_batch"
     offload_optimizer: bool = False
     attention: Implementation = "auto"
+    context: Literal["ring", "ulysses"] = "ring"
     loss_chunk: int = 0
     z_loss: float = 0.0
     ema: float = 0.0
@@ -90,6 +93,7 @@ class ExperimentConfig:
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     mesh: MeshConfig = MeshConfig()
+    health: HealthConfig = HealthConfig()
     seed: int = 0
 
     def __post_init__(self):

@@ -40,7 +40,7 @@ class HeldoutLoss:
 
 def make_evaluate(model: Transformer, config: TrainConfig, rules: Rules) -> Callable[..., HeldoutLoss]:
     """Returns ``(params, batches, limit=None) -> HeldoutLoss`` over the first ``limit`` batches (``None``: all)."""
-    loss = make_loss(model, dataclasses.replace(config, z_loss=0.0))
+    loss = make_loss(model, dataclasses.replace(config, z_loss=0.0), rules)
 
     @jax.jit
     def accumulate(total, params, batch):
@@ -52,7 +52,8 @@ def make_evaluate(model: Transformer, config: TrainConfig, rules: Rules) -> Call
         nats, tokens = 0.0, 0
         for group in _groups(batches, limit):
             # float32 sums of a few batches on the device, float64 beyond: a long text must not lose its last digits.
-            total = jax.device_put(np.zeros(2, np.float32), rules.sharding(None))
+            zeros = np.zeros(2, np.float32)
+            total = jax.make_array_from_callback(zeros.shape, rules.sharding(None), zeros.__getitem__)
             for batch in group:
                 total = accumulate(total, params, place_batch(batch, rules, 1))
             part = jax.device_get(total)

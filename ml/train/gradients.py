@@ -28,7 +28,7 @@ def make_gradients(
       config: of training.
       rules: the layout; ``None``: off any mesh.
     """
-    loss, moe = make_loss(model, config), model.config.moe
+    loss, moe = make_loss(model, config, rules), model.config.moe
 
     def gradients(params, batch):
         variables, weights_of = _differentiated(params, model, rules)

@@ -11,6 +11,8 @@ from ml.checkpoint import Checkpointer
 from ml.data import Prepared
 from ml.models.cost import parameter_count, peak_flops, train_flops_per_token
 from ml.parallel import place_batch
+from ml.parallel.agreement import Agreement
+from ml.parallel.health import Watch
 from ml.train.config import ExperimentConfig
 from ml.train.evaluation import HeldoutLoss
 from ml.train.interrupt import Interrupt
@@ -54,27 +56,42 @@ class Result:
     workdir: Workdir
 
 
-def train(config: ExperimentConfig, path: str | os.PathLike[str]) -> Result:
+def train(config: ExperimentConfig, path: str | os.PathLike[str], watch: Watch | None = None) -> Result:
     """Trains in the work directory ``path``, going on from its newest whole checkpoint if there is one.
 
     The host runs one step ahead of the device: while a step computes, the next batch is placed, and the scalars that
-    are read are those of the step before.
+    are read are those of the step before. All processes of a run call this; a signal to any of them ends all after the
+    same step.
+
+    Args:
+      config: the experiment.
+      path: the work directory, in a file system that all processes share.
+      watch: of `ml.parallel.processes.join`, where there are several processes.
 
     Raises:
       UserError: bad configuration or data, a work directory of another run, a full disk, a loss that is not finite.
     """
+    watch = watch or Watch()
     workdir = Workdir(path)
     changes = workdir.check(config)
+    watch.at("preparing data")
     parts = make_parts(config, workdir)
     mesh, steps = parts.rules.mesh, config.train.steps
     peak = peak_flops(mesh.devices.flat[0].device_kind, parts.model.dtype)
     peak = peak and peak * mesh.size
     flops = train_flops_per_token(config.model, config.data.sequence_length)
-    memory, seconds, evaluating = None, 0.0, 0.0
+    memory, seconds, evaluating, stop = None, 0.0, 0.0, 0
 
-    with jax.set_mesh(mesh), Checkpointer(workdir.path, config.checkpoint) as checkpointer, Interrupt() as interrupt:
+    with (
+        jax.set_mesh(mesh),
+        Checkpointer(workdir.path, config.checkpoint) as checkpointer,
+        Interrupt() as interrupt,
+        watch.failures(),
+    ):
+        watch.at("restoring")
         state, tokens_before = make_state(parts, checkpointer)
-        workdir.claim(config)
+        if jax.process_index() == 0:
+            workdir.claim(config)
         first = int(jax.device_get(state.step))
         recorder = Recorder(
             config,
@@ -92,14 +109,18 @@ def train(config: ExperimentConfig, path: str | os.PathLike[str]) -> Result:
                 recorder.display.log(f"going on from the checkpoint of step {first}")
             pending, started = None, None
             step_fn = make_train_step(parts.model, parts.tx, parts.schedule, config.train, parts.rules)
+            agreement = Agreement(mesh)
             for step in range(first + 1, steps + 1):
+                watch.at("data", step)
                 host_batch = next(parts.loader)
                 batch = place_batch(host_batch, parts.rules, config.train.microbatches)
                 if memory is None:
+                    watch.at("compiling")
                     compiled = jax.jit(step_fn, donate_argnums=0).lower(state, batch).compile()
                     memory = memory_use(state, compiled)
                     formula = predicted_activations(parts) / 2**20
                     recorder.display.log(f"memory: {memory} (activations by formula: {formula:,.0f})")
+                watch.at("step")
                 with jax.transfer_guard("disallow"):
                     state, metrics = compiled(state, batch)
                 recorder.finish(pending)
@@ -107,16 +128,20 @@ def train(config: ExperimentConfig, path: str | os.PathLike[str]) -> Result:
                     started, session_start = time.monotonic(), recorder.tokens
                 pending = Pending(step, metrics, host_batch)
 
-                last = step == steps or interrupt.received is not None
+                stop, counter = agreement.exchange(interrupt.received or 0, state.step)
+                state = state.replace(step=counter)
+                last = step == steps or stop != 0
                 if last or step % config.checkpoint.every == 0 or (config.eval.every and step % config.eval.every == 0):
                     more = {}
                     jax.block_until_ready(state)
                     pause = time.monotonic()
                     if config.eval.every and step % config.eval.every == 0 and parts.prepared.heldout_rows:
-                        loss = parts.evaluate(parts.params_to_evaluate(state), parts.heldout, config.eval.batches)
+                        batches = watch.over(parts.heldout, "evaluating")
+                        loss = parts.evaluate(parts.params_to_evaluate(state), batches, config.eval.batches)
                         more["eval_loss"] = loss.per_token
                     recorder.finish(pending, more)
                     pending = None
+                    watch.at("saving")
                     data_state = {"loader": parts.loader.get_state(), "tokens": recorder.tokens}
                     checkpointer.save(step, state, data_state, force=last)
                     recorder.plot()
@@ -130,9 +155,10 @@ def train(config: ExperimentConfig, path: str | os.PathLike[str]) -> Result:
         if memory is not None:
             memory = memory_use(state, compiled)  # now with the peak that the device measured
         heldout = None
-        if interrupt.received is None and parts.prepared.heldout_rows:
+        if not stop and parts.prepared.heldout_rows:
             recorder.display.log("evaluating on the whole held-out text")
-            heldout = parts.evaluate(parts.params_to_evaluate(state), parts.heldout)
+            heldout = parts.evaluate(parts.params_to_evaluate(state), watch.over(parts.heldout, "evaluating"))
+        watch.at("saving")
         checkpointer.wait()
         parts.loader.close()
         done = int(jax.device_get(state.step))
@@ -143,7 +169,7 @@ def train(config: ExperimentConfig, path: str | os.PathLike[str]) -> Result:
         seconds=seconds,
         session_tokens=recorder.tokens - session_start if started is not None else 0,
         heldout=heldout,
-        interrupted=interrupt.received,
+        interrupted=signal.Signals(stop) if stop else None,
         parameters=parameter_count(config.model).total,
         flops_per_token=flops,
         peak_flops=peak,

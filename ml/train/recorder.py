@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ class Pending:
 
 
 class Recorder:
-    """Writes what a run did; only the first process writes.
+    """Writes and shows what a run did; only the first process does.
 
     Attributes:
       tokens: counted tokens trained on so far.
@@ -63,7 +64,13 @@ class Recorder:
             purge = first + 1 if first else None
             self._events = self._stack.enter_context(TensorBoardWriter(self._workdir.tensorboard, purge_step=purge))
         self.display = self._stack.enter_context(
-            ProgressDisplay(steps, first_step=first, peak_flops=self._peak_flops, flops_per_token=self._flops_per_token)
+            ProgressDisplay(
+                steps,
+                first_step=first,
+                peak_flops=self._peak_flops,
+                flops_per_token=self._flops_per_token,
+                stream=None if self._writes else self._stack.enter_context(open(os.devnull, "w")),
+            )
         )
         return self
 
@@ -121,7 +128,8 @@ class Recorder:
         if self._config.train.nonfinite == "skip":
             self.display.log(f"{what}: not finite, step skipped ({row['skipped']} so far)")
             return
-        path = Path(self._workdir.path) / f"nonfinite_step_{pending.step}.npz"
+        mine = "" if jax.process_count() == 1 else f"_process_{jax.process_index()}"  # each has rows of its own
+        path = Path(self._workdir.path) / f"nonfinite_step_{pending.step}{mine}.npz"
         np.savez_compressed(path, **dict(pending.batch))  # type: ignore[arg-type]
         raise UserError(
             f"{what}: not finite; its batch is in {path}; go on with --config.train.nonfinite=skip, or begin in "

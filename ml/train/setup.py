@@ -15,9 +15,10 @@ from ml.data import HeldoutBatches, Loader, Prepared, check_vocab, heldout_batch
 from ml.errors import UserError
 from ml.models import MoEConfig, Transformer, TransformerConfig, init_params, logical_axes
 from ml.models.cost import activation_memory
+from ml.models.moe import check_experts
 from ml.optim import eval_params, make_optimizer
-from ml.parallel import Rules
-from ml.train.config import ExperimentConfig, TrainConfig
+from ml.parallel import Rules, loader_share
+from ml.train.config import ExperimentConfig
 from ml.train.evaluation import make_evaluate
 from ml.train.state import TrainState, init_state
 from ml.train.workdir import Workdir
@@ -52,13 +53,14 @@ def make_parts(config: ExperimentConfig, workdir: Workdir) -> Parts:
     """
     train = config.train
     rules = Rules.make(config.mesh)
-    check_batch(train, rules)
+    check_mesh(config, rules)
     prepared = prepare(config.data, workdir.path, where="config.data")
     check_vocab(prepared.tokenizer, config.model.vocab_size)
-    prepared.tokenizer.save(workdir.path)
+    if jax.process_index() == 0:
+        prepared.tokenizer.save(workdir.path)
     model = make_model(config, rules)
     tx, schedule = optimizer_of(config)
-    shard = {"shard_index": jax.process_index(), "shard_count": jax.process_count()}
+    parts, count = loader_share(rules)
     rows = config.eval.batch_size or train.batch_size // train.microbatches
     if rows % rules.batch_shards:
         raise UserError(f"config.eval.batch_size={rows} is not a multiple of {rules.batch_shards} batch shards")
@@ -69,19 +71,27 @@ def make_parts(config: ExperimentConfig, workdir: Workdir) -> Parts:
         tx=tx,
         schedule=schedule,
         prepared=prepared,
-        loader=make_loader(prepared, global_batch_size=train.batch_size, seed=config.seed, **shard),
-        heldout=heldout_batches(prepared, global_batch_size=rows, **shard),
+        loader=make_loader(
+            prepared,
+            global_batch_size=train.batch_size,
+            seed=config.seed,
+            shard_index=parts,
+            shard_count=count,
+            microbatches=train.microbatches,
+        ),
+        heldout=heldout_batches(prepared, global_batch_size=rows, shard_index=parts, shard_count=count),
         evaluate=make_evaluate(model, train, rules),
     )
 
 
-def check_batch(train: TrainConfig, rules: Rules) -> None:
-    """Refuses a batch that cannot be cut into its microbatches and those into the mesh's shards.
+def check_mesh(config: ExperimentConfig, rules: Rules) -> None:
+    """Refuses a mesh that the experts or the batch cannot be cut for.
 
     Raises:
-      UserError: it cannot.
+      UserError: they cannot.
     """
-    parts = train.microbatches * rules.batch_shards
+    check_experts(config.model, rules.mesh.shape)
+    train, parts = config.train, config.train.microbatches * rules.batch_shards
     if train.batch_size % parts:
         raise UserError(
             f"config.train.batch_size={train.batch_size} is not a multiple of microbatches={train.microbatches} x "
@@ -112,6 +122,7 @@ def predicted_activations(parts: Parts) -> int:
         dtype=parts.model.dtype,
         attention="kernel" if config.train.attention == "cudnn" else "xla",
         logit_tokens=rows * (config.train.loss_chunk or length),
+        expert_degree=parts.rules.mesh.shape["expert"],
     ).total
 
 
@@ -164,9 +175,9 @@ def _pretrained(parts: Parts) -> Any:
 
 def _check_same_model(found: TransformerConfig, wanted: TransformerConfig, source: str) -> None:
     harmless = {"init_stddev"} if wanted.position_embedding == "learned" else {"init_stddev", "max_length"}
-    left, right = to_dict(_untrained(found)), to_dict(_untrained(wanted))
+    left, right = to_dict(found), to_dict(wanted)
     for name in left:
-        if left[name] != right[name] and name not in harmless:
+        if getattr(_untrained(found), name) != getattr(_untrained(wanted), name) and name not in harmless:
             raise UserError(
                 f"config.train.init_from={source} has {name}={left[name]}, but config.model.{name}={right[name]}; "
                 "make them equal"

@@ -210,7 +210,9 @@ def test_nothing_held_out_is_an_empty_pass(folder):
 
 
 def test_bad_divisions_are_refused(prepared):
-    with pytest.raises(UserError, match="global batch size 7 is not a positive multiple of the 2 processes: use 8"):
+    with pytest.raises(
+        UserError, match="global batch size 7 is not a positive multiple of 2 parts x 1 microbatches: use 8"
+    ):
         make_loader(prepared, global_batch_size=7, seed=0, shard_count=2)
     with pytest.raises(UserError, match="use 2"):
         heldout_batches(prepared, global_batch_size=0, shard_count=2)

@@ -29,6 +29,11 @@ MESHES = {
     "zero3": MeshConfig(2, 4, 1, layout="zero3"),
     "slices": MeshConfig(4, 2, 1, slices=2),
     "residual": MeshConfig(4, 1, 2, sequence_residual=True),
+    "ring": MeshConfig(1, 1, 1, sequence=8),
+    "ulysses": MeshConfig(2, 2, 1, sequence=2, layout="zero1"),
+    "long": MeshConfig(1, 2, 2, sequence=2, sequence_residual=True, layout="zero2"),
+    "experts": MeshConfig(1, 2, 1, expert=4),
+    "experts_long": MeshConfig(1, 1, 2, expert=2, sequence=2, layout="zero1"),
 }
 ROWS, MICROBATCHES = 16, 2
 # Rate 1 without momentum: the first update is the gradient itself.
@@ -43,11 +48,13 @@ def optimizer(name):
     return OptimizerConfig(name, 1.0 if name in free else 0.02, weight_decay=0.1, clip_norm=0.5)
 
 
-def two_steps(model_name, optimizer_name, mesh):
+def two_steps(model_name, optimizer_name, mesh, context="ring"):
     """Starts from the same parameters on any mesh; returns both steps' updates and metrics, and the average."""
     model, config = MODELS[model_name], optimizer(optimizer_name)
     rules = Rules.make(mesh, jax.devices()[: math.prod(mesh.degrees.values())])
-    train = TrainConfig(steps=4, batch_size=ROWS, microbatches=MICROBATCHES, z_loss=0.01, ema=0.9, loss_chunk=10)
+    train = TrainConfig(
+        steps=4, batch_size=ROWS, microbatches=MICROBATCHES, z_loss=0.01, ema=0.9, loss_chunk=10, context=context
+    )
     axes, start = logical_axes(model), initial_params(model)
     tx, rate = make_optimizer(config, ScheduleConfig(kind="constant"), total_steps=4, batch_size=ROWS, axes=axes)
     transformer = Transformer(model, place=rules.spec)
@@ -101,7 +108,9 @@ def distance(got, expected):
 
 
 def check(model_name, optimizer_name, mesh, tolerance):
-    updates, metrics, average, copies = two_steps(model_name, optimizer_name, MESHES[mesh])
+    updates, metrics, average, copies = two_steps(
+        model_name, optimizer_name, MESHES[mesh], mesh if mesh == "ulysses" else "ring"
+    )
     expected, expected_metrics, expected_average, same_copies = on_one_device(model_name, optimizer_name)
     assert copies == same_copies
     # The second step starts from where rounding left the first.

@@ -7,11 +7,11 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
-from training_cases import MODELS, initial_params, ragged_batch
+from training_cases import MODELS, initial_params
 
 from ml.errors import UserError
 from ml.models import logical_axes
-from ml.parallel import LAYOUTS, MeshConfig, Rules, place_batch
+from ml.parallel import LAYOUTS, MeshConfig, Rules
 
 
 def rules(*degrees, **settings):
@@ -118,16 +118,3 @@ def test_a_product_of_degrees_that_does_not_divide_is_named(layout, message):
 def test_every_layout_that_may_be_configured_is_in_the_table():
     choices = typing.get_args(typing.get_type_hints(MeshConfig)["layout"])
     assert set(choices) == set(LAYOUTS)
-
-
-@pytest.mark.parametrize("microbatches", [1, 2])
-@pytest.mark.parametrize("degrees", [(8, 1, 1), (2, 4, 1), (2, 2, 2)])
-def test_a_batch_on_the_mesh_is_the_batch(degrees, microbatches):
-    batch, layout = ragged_batch(16), rules(*degrees)
-    placed = place_batch(batch, layout, microbatches)
-    assert layout.batch_shards == degrees[0] * degrees[1]
-    for name, x in batch.items():
-        np.testing.assert_array_equal(np.asarray(placed[name]).reshape(x.shape), x)
-        assert placed[name].dtype == x.dtype
-        shard = placed[name].sharding.shard_shape(placed[name].shape)
-        assert shard == (microbatches, 16 // microbatches // layout.batch_shards, x.shape[1])

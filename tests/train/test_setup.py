@@ -11,6 +11,7 @@ from training_cases import experiment, initial_params, write_corpus
 from ml.checkpoint import Checkpointer
 from ml.checkpoint.pretrained import save_workdir
 from ml.errors import UserError
+from ml.models import MoEConfig
 from ml.parallel import MeshConfig, Rules
 from ml.train.setup import make_model, make_parts, make_state
 from ml.train.workdir import Workdir
@@ -114,3 +115,18 @@ def test_a_model_without_a_run_is_not_resumed(parts, tmp_path):
         checkpointer.wait()
         with pytest.raises(UserError, match=r"holds a model, not a run; name its folder in config.train.init_from"):
             make_state(made, checkpointer)
+
+
+def test_how_experts_are_trained_may_differ_but_not_whether_they_have_a_bias(parts, donor, tmp_path):
+    model = dataclasses.replace(parts().config.model, moe=MoEConfig(4, 2, 8))
+    save_workdir(tmp_path / "experts", model, jax.tree.map(jnp.asarray, initial_params(model)))
+    changes = donor[0] | {"train__init_from": str(tmp_path / "experts")}
+    other = {"num_experts": 4, "top_k": 2, "mlp_dim": 8, "aux_loss_weight": 0.5, "balance_over": "batch"}
+    assert start(parts(**changes, model__moe=other), tmp_path)[1] == 0
+    with pytest.raises(UserError, match=r"has moe=.*bias_update_rate': 0.0.* but .*bias_update_rate': 0.001"):
+        start(parts(**changes, model__moe=other | {"bias_update_rate": 0.001}), tmp_path)
+
+
+def test_a_dense_model_has_no_experts_to_spread(parts):
+    with pytest.raises(UserError, match=r"config.mesh.expert=2, but the model has no experts"):
+        parts(mesh__expert=2)

@@ -1,7 +1,6 @@
 """Experts in the train step: counts carried from microbatch to microbatch, the router's bias, and the mesh."""
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ from training_cases import LENGTH, MODELS, initial_params, ragged_batch
 from ml.models import SelfAttention, Transformer, logical_axes
 from ml.models.moe import update_router_bias
 from ml.optim import OptimizerConfig, ScheduleConfig, make_optimizer
-from ml.parallel import MeshConfig, Rules, make_mesh, place_batch
+from ml.parallel import MeshConfig, Rules, place_batch
 from ml.train.config import TrainConfig
 from ml.train.state import TrainState
 from ml.train.step import make_train_step
@@ -27,15 +26,15 @@ def model_with(**options):
     return dataclasses.replace(MODELS["moe"], moe=dataclasses.replace(MODELS["moe"].moe, **options))
 
 
-def start(model, optimizer, params, place=None):
+def start(model, optimizer, params, rules=None):
     """The jitted step and a state of ``params``."""
     config = TrainConfig(steps=10, batch_size=ROWS, microbatches=MICROBATCHES)
     axes = logical_axes(model)
     tx, rate = make_optimizer(optimizer, ScheduleConfig(kind="constant"), total_steps=10, batch_size=ROWS, axes=axes)
-    transformer = Transformer(model, **({} if place is None else {"place": place}))
+    transformer = Transformer(model, place=rules.spec) if rules else Transformer(model)
     zero = jnp.zeros((), jnp.int32)
     state = TrainState(zero, params, jax.jit(tx.init)(params), None, zero)
-    return jax.jit(make_train_step(transformer, tx, rate, config)), state
+    return jax.jit(make_train_step(transformer, tx, rate, config, rules)), state
 
 
 def cut(batch, microbatches=MICROBATCHES):
@@ -89,21 +88,27 @@ def test_the_bias_follows_the_load_of_the_whole_batch_and_a_skipped_step_leaves_
 
 
 @pytest.mark.parametrize(
-    ("degrees", "options"),
+    ("mesh", "options"),
     [
-        ({"data": 2, "expert": 4}, {"balance_over": "batch"}),
-        ({"fsdp": 2, "expert": 2, "tensor": 2}, {"bias_update_rate": 0.01}),
+        (MeshConfig(data=2, expert=4), {"balance_over": "batch"}),
+        (MeshConfig(data=1, fsdp=2, expert=2, tensor=2), {"bias_update_rate": 0.01}),
+        (MeshConfig(data=2, expert=4, layout="ddp"), {}),
+        (MeshConfig(data=2, fsdp=2, expert=2, layout="zero1"), {}),
+        (MeshConfig(data=2, expert=2, tensor=2, layout="zero2"), {"bias_update_rate": 0.01}),
+        (MeshConfig(data=2, expert=4, layout="zero3"), {}),
+        (MeshConfig(data=2, expert=2, tensor=2, sequence_residual=True), {}),
     ],
+    ids=lambda value: getattr(value, "layout", None),
 )
-def test_the_same_update_with_experts_spread_over_the_mesh(degrees, options):
+def test_the_same_update_with_experts_spread_over_the_mesh(mesh, options):
     model, batch = model_with(**options), ragged_batch(ROWS)
     params, axes = initial_params(model), logical_axes(model)
     step, state = start(model, GRADIENT, params)
     wanted, scalars = jax.device_get(step(state, cut(batch)))
-    rules = Rules(make_mesh(MeshConfig(**{"data": 1} | degrees), jax.devices()[: math.prod(degrees.values())]))
+    rules = Rules.make(mesh)
     with jax.set_mesh(rules.mesh):
         placed = jax.device_put(params, rules.shardings(axes, params))
-        step, state = start(model, GRADIENT, placed, rules.spec)
+        step, state = start(model, GRADIENT, placed, rules)
         got, metrics = jax.device_get(step(state, place_batch(batch, rules, MICROBATCHES)))
     for name in ("loss", "objective", "balance", "gradient_norm", "tokens"):
         np.testing.assert_allclose(metrics[name], scalars[name], rtol=1e-5, err_msg=name)

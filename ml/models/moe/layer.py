@@ -72,12 +72,13 @@ class MoE(nn.Module):
 
         flags = PartitionSpec(*rows[:2])
         valid = None if valid is None else placed(valid, flags)
-        return jax.shard_map(
+        out, stats = jax.shard_map(
             local,
             in_specs=(rows, None if valid is None else flags, PartitionSpec(), specs),
             out_specs=(rows, PartitionSpec()),
             axis_names=set(mesh.axis_names) - set(mesh.manual_axes),
         )(placed(x, rows), valid, expert_counts, weights)
+        return placed(out, self.place("batch", "residual", None)), stats
 
     def _weights(self) -> dict[str, Any]:
         c, moe = self.config, self.config.moe

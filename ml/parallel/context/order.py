@@ -47,7 +47,7 @@ def check_length(length: int, shards: int, order: Order) -> None:
       UserError: unknown order, or ``length`` is no multiple of the number of chunks.
     """
     if order not in get_args(Order):
-        raise UserError(f"config.train.context_order={order!r}; choose {' or '.join(get_args(Order))}")
+        raise UserError(f"config.mesh.sequence_order={order!r}; choose {' or '.join(get_args(Order))}")
     count = chunks(shards, order).size
     if length < count or length % count:
         near = max(count, length - length % count)

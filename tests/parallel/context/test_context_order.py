@@ -58,7 +58,7 @@ def test_the_count_is_the_rule_by_which_blocks_are_computed(monkeypatch):
         (1000, 8, "zigzag", r"sequence_length=1000 .* 16 chunks .*sequence=8 .*multiple of 16, such as 992"),
         (1004, 8, "contiguous", r"sequence_length=1004 .* 8 chunks .*multiple of 8, such as 1000"),
         (8, 8, "zigzag", r"such as 16"),
-        (64, 8, "striped", r"context_order='striped'; choose zigzag or contiguous"),
+        (64, 8, "striped", r"sequence_order='striped'; choose zigzag or contiguous"),
     ],
 )
 def test_refuses_what_does_not_divide(length, shards, order, message):
