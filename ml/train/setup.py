@@ -18,6 +18,7 @@ from ml.models.cost import activation_memory
 from ml.models.moe import check_experts
 from ml.optim import eval_params, make_optimizer
 from ml.parallel import Rules, loader_share
+from ml.parallel.context import check_length
 from ml.train.config import ExperimentConfig
 from ml.train.evaluation import make_evaluate
 from ml.train.state import TrainState, init_state
@@ -53,7 +54,11 @@ def make_parts(config: ExperimentConfig, workdir: Workdir) -> Parts:
     """
     train = config.train
     rules = Rules.make(config.mesh)
+<<<<<<< HEAD
     check_mesh(config, rules)
+=======
+    check_fit(config, rules)
+>>>>>>> main
     prepared = prepare(config.data, workdir.path, where="config.data")
     check_vocab(prepared.tokenizer, config.model.vocab_size)
     if jax.process_index() == 0:
@@ -84,6 +89,7 @@ def make_parts(config: ExperimentConfig, workdir: Workdir) -> Parts:
     )
 
 
+<<<<<<< HEAD
 def check_mesh(config: ExperimentConfig, rules: Rules) -> None:
     """Refuses a mesh that the experts or the batch cannot be cut for.
 
@@ -92,11 +98,23 @@ def check_mesh(config: ExperimentConfig, rules: Rules) -> None:
     """
     check_experts(config.model, rules.mesh.shape)
     train, parts = config.train, config.train.microbatches * rules.batch_shards
+=======
+def check_fit(config: ExperimentConfig, rules: Rules) -> None:
+    """Refuses what the mesh cannot cut evenly: the batch into its shards, rows into theirs, experts over theirs.
+
+    Raises:
+      UserError: names the numbers and a valid choice.
+    """
+    train, shape = config.train, rules.mesh.shape
+    parts = train.microbatches * rules.batch_shards
+>>>>>>> main
     if train.batch_size % parts:
         raise UserError(
             f"config.train.batch_size={train.batch_size} is not a multiple of microbatches={train.microbatches} x "
             f"{rules.batch_shards} batch shards of the mesh; use a multiple of {parts}"
         )
+    check_length(config.data.sequence_length, shape["sequence"], rules.sequence_order)
+    check_experts(config.model, shape)
 
 
 def optimizer_of(config: ExperimentConfig) -> tuple[optax.GradientTransformation, optax.Schedule]:
