@@ -10,7 +10,7 @@ from ml.errors import UserError
 from ml.parallel import AXES
 from ml.plan.memory import MemoryModel, abstract_rules
 from ml.train.config import ExperimentConfig
-from ml.train.setup import check_mesh
+from ml.train.setup import check_fit
 
 Overrides = Mapping[str, Any]
 
@@ -80,7 +80,7 @@ def mends(config: ExperimentConfig, devices: int, *, needed: float, available: f
 
 def _predict(model: MemoryModel, config: ExperimentConfig, devices: int) -> float:
     rules = rules_of(config, devices)
-    check_mesh(config, rules)
+    check_fit(config, rules)
     rules.shardings({key: leaf.axes for key, leaf in model.params.items()}, dict(model.params))
     return model.predict(config, rules).total
 

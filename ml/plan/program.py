@@ -12,11 +12,7 @@ from ml.data.rows import empty_batch
 from ml.models import Transformer
 from ml.parallel import Rules
 from ml.train.config import ExperimentConfig
-<<<<<<< HEAD
-from ml.train.setup import check_mesh, make_model, optimizer_of
-=======
 from ml.train.setup import check_fit, make_model, optimizer_of
->>>>>>> main
 from ml.train.state import TrainState, abstract_state
 from ml.train.step import make_train_step
 
@@ -69,11 +65,7 @@ def assemble(config: ExperimentConfig, devices: Sequence[Any] | None = None) -> 
       UserError: the mesh does not fit the devices, the model or the batch.
     """
     rules = Rules.make(config.mesh, devices)
-<<<<<<< HEAD
-    check_mesh(config, rules)
-=======
     check_fit(config, rules)
->>>>>>> main
     model = make_model(config, rules)
     tx, schedule = optimizer_of(config)
     state = abstract_state(model, tx, rules, ema=config.train.ema > 0, offload=config.train.offload_optimizer)

@@ -54,11 +54,7 @@ def make_parts(config: ExperimentConfig, workdir: Workdir) -> Parts:
     """
     train = config.train
     rules = Rules.make(config.mesh)
-<<<<<<< HEAD
-    check_mesh(config, rules)
-=======
     check_fit(config, rules)
->>>>>>> main
     prepared = prepare(config.data, workdir.path, where="config.data")
     check_vocab(prepared.tokenizer, config.model.vocab_size)
     if jax.process_index() == 0:
@@ -89,16 +85,6 @@ def make_parts(config: ExperimentConfig, workdir: Workdir) -> Parts:
     )
 
 
-<<<<<<< HEAD
-def check_mesh(config: ExperimentConfig, rules: Rules) -> None:
-    """Refuses a mesh that the experts or the batch cannot be cut for.
-
-    Raises:
-      UserError: they cannot.
-    """
-    check_experts(config.model, rules.mesh.shape)
-    train, parts = config.train, config.train.microbatches * rules.batch_shards
-=======
 def check_fit(config: ExperimentConfig, rules: Rules) -> None:
     """Refuses what the mesh cannot cut evenly: the batch into its shards, rows into theirs, experts over theirs.
 
@@ -107,7 +93,6 @@ def check_fit(config: ExperimentConfig, rules: Rules) -> None:
     """
     train, shape = config.train, rules.mesh.shape
     parts = train.microbatches * rules.batch_shards
->>>>>>> main
     if train.batch_size % parts:
         raise UserError(
             f"config.train.batch_size={train.batch_size} is not a multiple of microbatches={train.microbatches} x "
