@@ -89,14 +89,14 @@ class Setting:
     batch_size: int = 8
     microbatches: int = 1
     remat: Literal["none", "dots", "dots_no_batch", "full"] = "dots_no_batch"
-    attention: Literal["auto", "cudnn", "xla"] = "auto"
+    attention: Literal["auto", "cudnn", "splash", "xla"] = "auto"
     loss_chunk: int = 0
     optimizer: str = "lamb"
     documents: int = 1
 
 
 _H200 = {"batch_size": 8, "attention": "cudnn", "loss_chunk": 1024}
-_TPU = {"batch_size": 8, "attention": "xla", "loss_chunk": 512}
+_TPU = {"batch_size": 8, "loss_chunk": 512}
 DEFAULT_SETTINGS: dict[str, list[dict[str, Any]]] = {
     "h200": [  # the most telling first
         _H200,
@@ -113,47 +113,8 @@ DEFAULT_SETTINGS: dict[str, list[dict[str, Any]]] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """Devices to compile for.
-
-    Attributes:
-      device_kind: key of `ml.models.cost.CHIPS`.
-      topology: keywords of `jax.experimental.topologies.get_topology_desc`.
-      memory_bytes: of one device, as its driver reports it.
-      wheels: what pip must install.
-    """
-
-    device_kind: str
-    topology: dict[str, str]
-    memory_bytes: float
-    wheels: str
-
-
-_H200_DESCRIPTION = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
-  shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
-  core_count: 132 fpus_per_core: 128 registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 4800000000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 149250000000
-  cuda_compute_capability { major: 9 minor: 0 }
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 8 patch: 0 }
-runtime_version { major: 12 minor: 8 patch: 0 }
-device_description_str: "NVIDIA H200"
-"""
-TARGETS = {
-    "h200": Target(
-        "NVIDIA H200",
-        {"platform": "cuda", "topology_name": "h200", "target_config": _H200_DESCRIPTION, "topology": "1 x 1 x 1"},
-        139 * _GIB,
-        '"jax[cuda13]"',
-    ),
-    "v5e": Target("TPU v5e", {"platform": "tpu", "topology_name": "v5e:2x4"}, 15.75 * _GIB, "libtpu"),
-    "v6e": Target("TPU v6e", {"platform": "tpu", "topology_name": "v6e:2x4"}, 31.25 * _GIB, "libtpu"),
-}
+# Names of `ml.plan.topology` to compile for.
+TARGETS = {"h200": "h200:1", "v5e": "v5e:2x4", "v6e": "v6e:2x4"}
 
 
 def define_flags() -> None:
@@ -229,19 +190,13 @@ def _runs(size: str, steps: int, settings: list[Setting]) -> Iterator[tuple[dict
 
 def _plans(target_name: str, size: str, settings: list[Setting]) -> Iterator[tuple[dict, dict]]:
     """Compiles each setting for devices that are not there."""
-    # Before JAX is imported: it must neither look for the devices nor for the machine that TPUs belong to.
-    os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    from jax.experimental import topologies
+    from ml.plan.topology import parse, use_compilers_alone
 
-    from ml.errors import UserError
-
-    target = TARGETS[target_name]
-    try:
-        devices = topologies.get_topology_desc(**target.topology).devices
-    except Exception as error:  # whatever the plugin that is missing or too old makes of it
-        raise UserError(f"--compile_for={target_name}: {error}; try pip install {target.wheels}") from error
+    target = parse(TARGETS[target_name])
+    use_compilers_alone()
+    devices = target.devices()
     common = {
-        "device": f"{len(devices)} x {target.device_kind}, compiled for without one",
+        "device": f"{len(devices)} x {target.kind.device_kind}, compiled for without one",
         "versions": _versions(),
         "model": SIZES[size],
     }
@@ -287,18 +242,19 @@ def measure(size: str, setting: Setting, steps: int, dtype: str) -> dict[str, An
     from ml.models.cost import parameter_count, train_flops_per_token
     from ml.parallel import place_batch
     from ml.train.memory import memory_use
+    from ml.train.state import init_state
 
     matmul = matmul_flops(8192 if size != "tiny" else 128, dtype)
-    case = Case(size, setting, jax.devices(), dtype)
-    with jax.set_mesh(case.rules.mesh):
-        state = case.init()
+    program = make_program(size, setting, jax.devices(), dtype)
+    with jax.set_mesh(program.rules.mesh):
+        state = init_state(program.model, program.tx, program.rules, seed=0, ema=False)
         batches: list[dict[str, Any]] = []
         for seed in range(2):
-            arrays = random_batch(case.model.config, setting, seed)
-            batches.append(place_batch(arrays, case.rules, setting.microbatches))
+            arrays = random_batch(program.config.model, setting, seed)
+            batches.append(place_batch(arrays, program.rules, setting.microbatches))
             batches[-1].setdefault("segment_ids", None)
         start = time.perf_counter()
-        step = jax.jit(case.step, donate_argnums=0).lower(state, batches[0]).compile()
+        step = program.step.lower(state, batches[0]).compile()
         compile_seconds = time.perf_counter() - start
         feed = itertools.cycle(batches)
         for _ in range(_WARMUP_STEPS):
@@ -312,7 +268,7 @@ def measure(size: str, setting: Setting, steps: int, dtype: str) -> dict[str, An
             jax.block_until_ready(state)
             seconds.append((time.perf_counter() - start) / steps)
         memory = memory_use(state, step)
-    config, devices = case.model.config, case.rules.mesh.size
+    config, devices = program.config.model, program.rules.mesh.size
     tokens = setting.batch_size * config.max_length
     flops = train_flops_per_token(config, config.max_length // setting.documents)
     rate = tokens / statistics.median(seconds) / devices
@@ -330,88 +286,43 @@ def measure(size: str, setting: Setting, steps: int, dtype: str) -> dict[str, An
     }
 
 
-def plan(target: Target, devices: Any, size: str, setting: Setting) -> dict[str, Any]:
+def plan(target: Any, devices: Any, size: str, setting: Setting) -> dict[str, Any]:
     """Compiles a setting's step for ``devices``, which need not exist, and reads the memory it will take."""
-    import jax
-
     from ml.train.memory import memory_use
 
-    case = Case(size, setting, devices, "bfloat16")
-    state, batch = abstract_inputs(case)
+    program = make_program(size, setting, devices, "bfloat16")
     start = time.perf_counter()
-    with jax.set_mesh(case.rules.mesh):
-        compiled = jax.jit(case.step, donate_argnums=0).lower(state, batch).compile()
-    memory = memory_use(state, compiled)
+    memory, available = memory_use(program.state, program.compile()), target.kind.usable_bytes
     return {
-        "memory": dataclasses.asdict(memory) | {"predicted": memory.predicted, "of_device": target.memory_bytes},
-        "fits": memory.predicted <= _MEMORY_FRACTION * target.memory_bytes,
+        "memory": dataclasses.asdict(memory) | {"predicted": memory.predicted, "of_device": available},
+        "fits": memory.predicted <= available,
         "compile_seconds": time.perf_counter() - start,
     }
 
 
-class Case:
-    """A setting's model, optimizer and step on a mesh over which parameters are sharded.
+def make_program(size: str, setting: Setting, devices: Any, dtype: str) -> Any:
+    """A setting's step (`ml.plan.program.Program`) on a mesh over which parameters are sharded."""
+    from ml.config import build
+    from ml.data import DataConfig
+    from ml.models import TransformerConfig
+    from ml.optim import OptimizerConfig, ScheduleConfig
+    from ml.parallel import MeshConfig
+    from ml.plan.program import assemble
+    from ml.train.config import ExperimentConfig, TrainConfig
 
-    Attributes:
-      model, rules, step: as `ml.train` uses them.
-      init: creates the state, around given parameters or random ones.
-    """
-
-    def __init__(self, size: str, setting: Setting, devices: Any, dtype: str):
-        import jax.numpy as jnp
-
-        from ml.config import build
-        from ml.models import Transformer, TransformerConfig, logical_axes
-        from ml.optim import OptimizerConfig, ScheduleConfig, make_optimizer
-        from ml.parallel import MeshConfig, Rules, make_mesh
-        from ml.train.config import TrainConfig
-        from ml.train.state import init_state
-        from ml.train.step import make_train_step
-
-        fields = {k: v for k, v in dataclasses.asdict(setting).items() if k not in ("optimizer", "documents")}
-        train = build(TrainConfig, fields, "setting")
-        config = TransformerConfig(**SIZES[size])
-        self.setting = setting
-        self.rules = Rules(make_mesh(MeshConfig(data=1, fsdp=-1), devices))
-        self.model = Transformer(config, dtype=jnp.dtype(dtype), remat=train.remat, place=self.rules.spec)
-        optimizer = OptimizerConfig(setting.optimizer, learning_rate=1e-3, weight_decay=0.1, clip_norm=1.0)
-        tx, schedule = make_optimizer(
-            optimizer,
-            ScheduleConfig(kind="constant"),
-            total_steps=1000,
-            batch_size=setting.batch_size,
-            axes=logical_axes(config),
-        )
-        self.step = make_train_step(self.model, tx, schedule, train)
-        self.init = lambda params=None: init_state(self.model, tx, self.rules, seed=0, ema=False, params=params)
-
-
-def abstract_inputs(case: Case) -> tuple[Any, dict[str, Any]]:
-    """State and batch of a case as shapes with their placement; runs nothing."""
-    import jax
-    from jax.sharding import NamedSharding, PartitionSpec
-
-    from ml.models import init_params, logical_axes
-
-    model, mesh, setting = case.model, case.rules.mesh, case.setting
-
-    def placed(leaf: Any) -> jax.ShapeDtypeStruct:
-        spec = leaf.sharding.spec if leaf.sharding else PartitionSpec()  # counters made from no array have none
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
-
-    # `jax.eval_shape` forgets the `out_shardings` that create random parameters in place, so they come from the rules.
-    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-    shardings = case.rules.shardings(logical_axes(model.config), shapes)
-    params = jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), shapes, shardings)
-    with jax.set_mesh(mesh):
-        state = jax.tree.map(placed, jax.eval_shape(case.init, params))
-    rows, sharding = setting.batch_size // setting.microbatches, case.rules.sharding(None, "batch", "length")
-    batch: dict[str, Any] = {
-        name: jax.ShapeDtypeStruct((setting.microbatches, rows, array.shape[-1]), array.dtype, sharding=sharding)
-        for name, array in random_batch(model.config, setting, 0).items()
-    }
-    batch.setdefault("segment_ids", None)
-    return state, batch
+    fields = {k: v for k, v in dataclasses.asdict(setting).items() if k not in ("optimizer", "documents")}
+    model = TransformerConfig(**SIZES[size])
+    config = ExperimentConfig(
+        model=model,
+        data=DataConfig(sequence_length=model.max_length),
+        optimizer=OptimizerConfig(setting.optimizer, learning_rate=1e-3, weight_decay=0.1, clip_norm=1.0),
+        schedule=ScheduleConfig(kind="constant"),
+        train=build(TrainConfig, fields | {"dtype": dtype}, "setting"),
+        mesh=MeshConfig(data=1, fsdp=-1),
+    )
+    program = assemble(config, devices)
+    whole_rows = {"segment_ids": None} if setting.documents == 1 else {}
+    return dataclasses.replace(program, batch=program.batch | whole_rows)
 
 
 def random_batch(config: Any, setting: Setting, seed: int) -> dict[str, Any]:

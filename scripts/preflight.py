@@ -1,6 +1,7 @@
 """Proves a job without its machine: compiles the train step for it, and says what that needs, sends, is bound by."""
 
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -51,7 +52,8 @@ def main() -> None:
     if args.layout is not None:
         values["mesh"]["layout"] = args.layout
     report = preflight(build(ExperimentConfig, values), machine)
-    text = json.dumps(report.to_json(), indent=1)
+    command = shlex.join(["python", "scripts/preflight.py", *sys.argv[1:]])
+    text = json.dumps({"command": command} | report.to_json(), indent=1)
     if args.json == "-":
         print(text)
     else:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -37,11 +37,16 @@ class Program:
     batch: dict[str, Any]
 
     @functools.cached_property
+    def step(self) -> Callable[..., Any]:
+        """The train step, not compiled yet; it donates its state."""
+        step = make_train_step(self.model, self.tx, self.schedule, self.config.train, self.rules)
+        return jax.jit(step, donate_argnums=0)
+
+    @functools.cached_property
     def traced(self) -> Any:
         """The step's `jax.stages.Traced`."""
-        step = make_train_step(self.model, self.tx, self.schedule, self.config.train, self.rules)
         with jax.set_mesh(self.rules.mesh):
-            return jax.jit(step, donate_argnums=0).trace(self.state, self.batch)
+            return self.step.trace(self.state, self.batch)  # type: ignore[attr-defined]
 
     def compile(self) -> Any:
         """Compiles the step for the mesh's devices; raises whatever their compiler raises."""

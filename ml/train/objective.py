@@ -29,13 +29,14 @@ def make_loss(
         return model.apply({"params": head}, hidden, method="logits")
 
     def loss(params, batch, expert_counts=None):
-        strategy = self_attention(batch["segment_ids"], config, rules)
+        segments = batch["segment_ids"]
+        strategy = self_attention(segments, config, rules)
         outputs: Any = model.apply(
             {"params": params},
             batch["tokens"],
             strategy,
             batch["positions"],
-            valid=batch["segment_ids"] > 0,
+            valid=None if segments is None else segments > 0,
             expert_counts=expert_counts,
         )
         hidden, _, stats = outputs

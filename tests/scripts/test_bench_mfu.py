@@ -8,6 +8,7 @@ from script_processes import error_of, run
 
 from ml.models import TransformerConfig
 from ml.models.cost import parameter_count, train_flops_per_token
+from ml.train.state import init_state
 
 # Imported by other scripts, absent where only JAX, Flax, Optax, Orbax and Grain are.
 _ABSENT = ("ml_collections", "matplotlib", "pyarrow", "tensorboardX", "safetensors")
@@ -50,10 +51,10 @@ def test_a_setting_that_fails_is_reported_and_the_next_one_measured(tmp_path, sc
 
 
 def test_what_is_compiled_for_is_placed_as_what_runs_would_be(script):
-    case = script.Case("tiny", script.Setting(batch_size=16, microbatches=2), jax.devices(), "float32")
-    state, batch = script.abstract_inputs(case)
-    with jax.set_mesh(case.rules.mesh):
-        real = case.init()
+    program = script.make_program("tiny", script.Setting(batch_size=16, microbatches=2), jax.devices(), "float32")
+    state, batch = program.state, program.batch
+    with jax.set_mesh(program.rules.mesh):
+        real = init_state(program.model, program.tx, program.rules, seed=0, ema=False)
     assert jax.tree.structure(state) == jax.tree.structure(real)
     for planned, array in zip(jax.tree.leaves(state), jax.tree.leaves(real), strict=True):
         assert (planned.shape, planned.dtype) == (array.shape, array.dtype)
