@@ -37,14 +37,20 @@ def make_gradients(
         variables, constants = _differentiated(params, model, rules)
         grad_of = jax.value_and_grad(lambda v, *rest: loss(_weights(v, constants), *rest), has_aux=True)
 
-        def accumulate(total, microbatch):
-            (objective, metrics), grads = grad_of(variables, microbatch, total[1]["expert_counts"])
-            return jax.tree.map(jnp.add, total, (grads, metrics | {"objective": objective})), None
+        def of_microbatch(microbatch, expert_counts):
+            (objective, metrics), grads = grad_of(variables, microbatch, expert_counts)
+            return grads, metrics | {"objective": objective}
 
-        scalars = dict.fromkeys(("loss", "balance", "objective"), jnp.zeros((), jnp.float32))
-        scalars["expert_counts"] = jnp.zeros((model.config.num_layers, moe.num_experts if moe else 0), jnp.int32)
-        zeros = jax.tree.map(_zero_gradient, variables)
-        (grads, metrics), _ = jax.lax.scan(accumulate, (zeros, scalars), batch)
+        def accumulate(total, microbatch):
+            return jax.tree.map(jnp.add, total, of_microbatch(microbatch, total[1]["expert_counts"])), None
+
+        no_counts = jnp.zeros((model.config.num_layers, moe.num_experts if moe else 0), jnp.int32)
+        if batch["tokens"].shape[0] == 1:  # there is nothing to add up, and no second copy of the gradient
+            grads, metrics = of_microbatch(jax.tree.map(lambda x: x[0], batch), no_counts)
+        else:
+            scalars = dict.fromkeys(("loss", "balance", "objective"), jnp.zeros((), jnp.float32))
+            start = jax.tree.map(_zero_gradient, variables), scalars | {"expert_counts": no_counts}
+            (grads, metrics), _ = jax.lax.scan(accumulate, start, batch)
         expert_counts = metrics.pop("expert_counts")
         return jax.tree.map(_as_kept, grads, params), metrics, expert_counts
 
@@ -112,4 +118,5 @@ def _zero_gradient(x: jax.Array) -> jax.Array:
 
 def _as_kept(gradient: jax.Array, param: jax.Array) -> jax.Array:
     kept = jax.typeof(param).sharding
+    gradient = gradient.astype(jnp.float32)  # before devices are summed
     return gradient if jax.typeof(gradient).sharding == kept else jax.reshard(gradient, kept.spec)
