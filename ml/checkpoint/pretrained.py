@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from ml.checkpoint.checkpointer import Checkpointer
 from ml.checkpoint.params import restore_params
@@ -46,7 +47,7 @@ def load_model(
     if (folder / _EXPERIMENT).is_file():
         params = _params_to_evaluate(folder, step, dtype)
         if sharding is not None:
-            params = jax.tree.map_with_path(lambda keys, leaf: jax.device_put(leaf, sharding(leaf_path(keys))), params)
+            params = jax.tree.map_with_path(lambda keys, leaf: _place(leaf, sharding(leaf_path(keys))), params)
     else:
         if step is not None:
             raise UserError(f"{folder}: a Hugging Face folder has no checkpoint steps; leave the step out")
@@ -125,6 +126,12 @@ def _schedule_free_state(tree: Any) -> dict[str, Any]:
     if {"z", "b1"} <= tree.keys():
         return tree
     return next(filter(None, map(_schedule_free_state, tree.values())), {})
+
+
+def _place(leaf: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
+    """Puts a leaf that each process has read on the devices of all processes; each copies its own shards only."""
+    whole = np.asarray(leaf)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
 
 def leaf_path(keys: tuple[Any, ...]) -> str:

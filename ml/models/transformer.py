@@ -110,7 +110,6 @@ class Transformer(nn.Module):
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
-            length=c.num_layers,
             check_constancy_invariants=False,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, self.place)
@@ -149,27 +148,57 @@ class Transformer(nn.Module):
           The final normed hidden states (give them to `logits`), the new state, and how the experts were used: the
           balancing loss averaged over layers, and this microbatch's counts ``[layers, experts]``.
         """
-        c = self.config
         strategy = SelfAttention() if strategy is None else strategy
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        residual = self.place("batch", "residual", None)
-        x = take(tokens, self.embed(), dtype=self.dtype, out_sharding=residual)
+        x = self.embed_tokens(tokens, positions)
+        x, state, stats = self.run_layers(x, strategy, positions, state, valid, expert_counts)
+        return self.normalize(x), state, stats
+
+    def embed_tokens(
+        self, tokens: Int[Array, "batch length"], positions: Int[Array, "batch length"]
+    ) -> Float[Array, "batch length embed"]:
+        """What the first block receives; reads no layer."""
+        c, place = self.config, self.place("batch", "residual", None)
+        x = take(tokens, self.embed(), dtype=self.dtype, out_sharding=place)
         if c.scale_embedding:
             x = x * jnp.asarray(c.embed_dim**0.5, self.dtype)
         if c.position_embedding == "learned":
-            x = x + take(
-                positions, self.position(), dtype=self.dtype, out_sharding=self.place("batch", "residual", None)
-            )
+            x = x + take(positions, self.position(), dtype=self.dtype, out_sharding=place)
+        return x
 
-        local = jnp.array([c.is_local(i) for i in range(c.num_layers)])
-        per_layer = _PerLayer(jnp.arange(c.num_layers), local, expert_counts)
+    def run_layers(
+        self,
+        x: Float[Array, "batch length embed"],
+        strategy: AttentionStrategy,
+        positions: Int[Array, "batch length"],
+        state: Any = None,
+        valid: Bool[Array, "batch length"] | None = None,
+        expert_counts: Int[Array, "count experts"] | None = None,
+        *,
+        first: int | Int[Array, ""] = 0,
+        count: int | None = None,
+    ) -> tuple[Float[Array, "batch length embed"], Any, MoEStats]:
+        """Runs blocks ``first .. first + count - 1`` (default: all); ``params["layers"]`` holds just these, stacked.
+
+        Returns:
+          The residual stream, the strategy's new state, and how the experts of these blocks were used: the balancing
+          loss averaged over *all* the model's layers, the others' taken as 0, and counts.
+        """
+        c = self.config
+        count = c.num_layers if count is None else count
+        index = first + jnp.arange(count)
+        local = jax.lax.dynamic_slice_in_dim(jnp.array([c.is_local(i) for i in range(c.num_layers)]), first, count)
+        per_layer = _PerLayer(index, local, expert_counts)
         carry = (x, state, jnp.zeros((), jnp.float32))
         (x, state, balance), counts = self.layers(carry, per_layer, strategy, _rotations(c, positions), valid)
         if counts is None:
-            counts = jnp.zeros((c.num_layers, 0), jnp.int32)
-        hidden = placed(self.final_norm(x), self.place("batch", "length", None))
-        return hidden, state, MoEStats(balance / c.num_layers, counts)
+            counts = jnp.zeros((count, 0), jnp.int32)
+        return x, state, MoEStats(balance / c.num_layers, counts)
+
+    def normalize(self, x: Float[Array, "batch length embed"]) -> Float[Array, "batch length embed"]:
+        """What `logits` receives, of what the last block returned."""
+        return placed(self.final_norm(x), self.place("batch", "length", None))
 
     def logits(self, hidden: Float[Array, "batch length embed"]) -> Float[Array, "batch length vocab"]:
         """Logits, float32, of hidden states that `__call__` returned; reads only `head_params`."""

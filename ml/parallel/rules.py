@@ -159,12 +159,12 @@ class Rules:
         """The mesh axes along which a kernel's gradient may stay a partial sum on each device for a while.
 
         They cut the tokens but not the kernel. Where residuals are cut along ``tensor``, tokens enter a product cut in
-        one way and leave it in another, whose partial sums JAX does not keep apart.
+        one way and leave it in another, whose partial sums JAX does not keep apart; nor does it in a `shard_map`, which
+        the stages of a pipeline are.
         """
-        cut = LAYOUTS[self.layout].compute
-        tokens_cut_along_tensor = self.sequence_residual and self.mesh.shape["tensor"] > 1
-        axes = frozenset(axis for axis in _REPLICAS if axis not in cut and self.mesh.shape[axis] > 1)
-        return frozenset() if tokens_cut_along_tensor else axes
+        cut, shape = LAYOUTS[self.layout].compute, self.mesh.shape
+        axes = frozenset(axis for axis in _REPLICAS if axis not in cut and shape[axis] > 1)
+        return frozenset() if shape["stage"] > 1 or (self.sequence_residual and shape["tensor"] > 1) else axes
 
     @property
     def batch_shards(self) -> int:

@@ -33,6 +33,11 @@ class TrainConfig:
       ema: decay of an exponential moving average of the parameters, used for evaluation; 0: none is kept.
       nonfinite: what a NaN or infinity in loss or gradients does: ``skip`` drops and counts the step, ``stop`` ends the
         run, with the batch saved in the work directory.
+      pipeline: when the stages of a pipeline (``mesh.stage`` > 1, whose microbatches are ``microbatches``) turn from
+        forward to backward passes: ``1f1b``, as soon as they can, so that memory does not grow with the number of
+        microbatches; ``gpipe``, when all forward passes are done.
+      pipeline_chunks: runs of layers on each stage; more of them shorten the pipeline's idle time and lengthen its
+        communication. With more than one, ``mesh.stage`` divides ``microbatches``.
       log_every: steps between rows of ``metrics.jsonl``.
       init_from: work directory or Hugging Face folder whose parameters to start from; empty: random.
     """
@@ -49,11 +54,13 @@ class TrainConfig:
     z_loss: float = 0.0
     ema: float = 0.0
     nonfinite: Literal["skip", "stop"] = "stop"
+    pipeline: Literal["gpipe", "1f1b"] = "1f1b"
+    pipeline_chunks: int = 1
     log_every: int = 1
     init_from: str = ""
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "microbatches", "log_every"):
+        for name in ("steps", "batch_size", "microbatches", "pipeline_chunks", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.batch_size % self.microbatches:

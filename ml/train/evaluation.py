@@ -14,6 +14,7 @@ from ml.models import Transformer
 from ml.parallel import Rules, place_batch
 from ml.train.config import TrainConfig
 from ml.train.objective import make_loss
+from ml.train.pipeline import pipelined_loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,13 +41,17 @@ class HeldoutLoss:
 
 def make_evaluate(model: Transformer, config: TrainConfig, rules: Rules) -> Callable[..., HeldoutLoss]:
     """Returns ``(params, batches, limit=None) -> HeldoutLoss`` over the first ``limit`` batches (``None``: all)."""
-    loss = make_loss(model, dataclasses.replace(config, z_loss=0.0), rules)
+    config = dataclasses.replace(config, z_loss=0.0)
+    if rules.mesh.shape["stage"] > 1:
+        loss = pipelined_loss(model, config, rules)
+    else:
+        of_microbatch = make_loss(model, config, rules)
+        loss = lambda params, batch: of_microbatch(params, jax.tree.map(lambda x: x[0], batch))  # noqa: E731
 
     @jax.jit
     def accumulate(total, params, batch):
-        microbatch = jax.tree.map(lambda x: x[0], batch)
-        _, metrics = loss(params, microbatch)
-        return total + jnp.stack([metrics["loss"], microbatch["loss_mask"].sum()])
+        _, metrics = loss(params, batch)
+        return total + jnp.stack([metrics["loss"], batch["loss_mask"].sum()])
 
     def evaluate(params, batches, limit=None):
         nats, tokens = 0.0, 0

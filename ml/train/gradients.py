@@ -11,6 +11,7 @@ from ml.models import Transformer, logical_axes
 from ml.parallel import LAYOUTS, Rules
 from ml.train.config import TrainConfig
 from ml.train.objective import Batch, Metrics, make_loss
+from ml.train.pipeline import pipelined_value_and_grad
 from ml.weights import Gathered
 
 
@@ -28,30 +29,49 @@ def make_gradients(
       config: of training.
       rules: the layout; ``None``: off any mesh.
     """
+    if rules is not None and rules.mesh.shape["stage"] > 1:
+        return _through_stages(model, config, rules)
     loss, moe = make_loss(model, config, rules), model.config.moe
 
     def gradients(params, batch):
-        variables, weights_of = _differentiated(params, model, rules)
-        grad_of = jax.value_and_grad(lambda v, *rest: loss(weights_of(v), *rest), has_aux=True)
+        variables, constants = _differentiated(params, model, rules)
+        grad_of = jax.value_and_grad(lambda v, *rest: loss(_weights(v, constants), *rest), has_aux=True)
+
+        def of_microbatch(microbatch, expert_counts):
+            (objective, metrics), grads = grad_of(variables, microbatch, expert_counts)
+            return grads, metrics | {"objective": objective}
 
         def accumulate(total, microbatch):
-            (objective, metrics), grads = grad_of(variables, microbatch, total[1]["expert_counts"])
-            return jax.tree.map(jnp.add, total, (grads, metrics | {"objective": objective})), None
+            return jax.tree.map(jnp.add, total, of_microbatch(microbatch, total[1]["expert_counts"])), None
 
-        scalars = dict.fromkeys(("loss", "balance", "objective"), jnp.zeros((), jnp.float32))
-        scalars["expert_counts"] = jnp.zeros((model.config.num_layers, moe.num_experts if moe else 0), jnp.int32)
-        zeros = jax.tree.map(_zero_gradient, variables)
-        (grads, metrics), _ = jax.lax.scan(accumulate, (zeros, scalars), batch)
+        no_counts = jnp.zeros((model.config.num_layers, moe.num_experts if moe else 0), jnp.int32)
+        if batch["tokens"].shape[0] == 1:  # there is nothing to add up, and no second copy of the gradient
+            grads, metrics = of_microbatch(jax.tree.map(lambda x: x[0], batch), no_counts)
+        else:
+            scalars = dict.fromkeys(("loss", "balance", "objective"), jnp.zeros((), jnp.float32))
+            start = jax.tree.map(_zero_gradient, variables), scalars | {"expert_counts": no_counts}
+            (grads, metrics), _ = jax.lax.scan(accumulate, start, batch)
         expert_counts = metrics.pop("expert_counts")
         return jax.tree.map(_as_kept, grads, params), metrics, expert_counts
 
     return gradients
 
 
-def _differentiated(
-    params: PyTree, model: Transformer, rules: Rules | None
-) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
-    """What the loss is differentiated by, and how the model's weights come from it.
+def _through_stages(model: Transformer, config: TrainConfig, rules: Rules):
+    """`make_gradients` where the layers are cut over the stages of a pipeline, through which microbatches flow."""
+    step = pipelined_value_and_grad(model, config, rules, wrap=_weights)
+
+    def gradients(params, batch):
+        variables, constants = _differentiated(params, model, rules)
+        grads, metrics = step(variables, batch, constants)
+        expert_counts = metrics.pop("expert_counts")
+        return jax.tree.map(_as_kept, grads, params), metrics, expert_counts
+
+    return gradients
+
+
+def _differentiated(params: PyTree, model: Transformer, rules: Rules | None) -> tuple[PyTree, PyTree]:
+    """What the loss is differentiated by, and constants, from which `_weights` makes what the layers read.
 
     Where the layers read what the state keeps, that is the parameters themselves. Otherwise one copy in the type of
     activations is gathered, once for all microbatches: the copy is differentiated itself where gradients are whole
@@ -62,7 +82,7 @@ def _differentiated(
     once a step; those that are cut are reduced and cut in one collective.
     """
     if rules is None:
-        return params, lambda variables: variables
+        return params, None
     layout, apart = LAYOUTS[rules.layout], rules.partial_gradient_axes
 
     def read(path, names, x):
@@ -75,10 +95,17 @@ def _differentiated(
 
     axes = logical_axes(model.config)
     copies = jax.tree.map_with_path(read, axes, params, is_leaf=lambda node: isinstance(node, tuple))
-    if layout.gradients == layout.compute:
-        return copies, lambda variables: variables
-    return params, lambda shards: jax.tree.map(
-        lambda shard, copy: shard if jax.typeof(copy) == jax.typeof(shard) else Gathered(shard, copy), shards, copies
+    return (copies, None) if layout.gradients == layout.compute else (params, copies)
+
+
+def _weights(variables: PyTree, constants: PyTree) -> PyTree:
+    """The leaves that the layers multiply by; see `_differentiated`."""
+    if constants is None:
+        return variables
+    return jax.tree.map(
+        lambda shard, copy: shard if jax.typeof(copy) == jax.typeof(shard) else Gathered(shard, copy),
+        variables,
+        constants,
     )
 
 
@@ -91,4 +118,5 @@ def _zero_gradient(x: jax.Array) -> jax.Array:
 
 def _as_kept(gradient: jax.Array, param: jax.Array) -> jax.Array:
     kept = jax.typeof(param).sharding
+    gradient = gradient.astype(jnp.float32)  # before devices are summed
     return gradient if jax.typeof(gradient).sharding == kept else jax.reshard(gradient, kept.spec)

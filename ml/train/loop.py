@@ -74,6 +74,7 @@ def train(config: ExperimentConfig, path: str | os.PathLike[str], watch: Watch |
     watch = watch or Watch()
     workdir = Workdir(path)
     changes = workdir.check(config)
+    workdir.check_shared()
     watch.at("preparing data")
     parts = make_parts(config, workdir)
     mesh, steps = parts.rules.mesh, config.train.steps

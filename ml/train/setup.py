@@ -19,6 +19,7 @@ from ml.models.moe import check_experts
 from ml.optim import eval_params, make_optimizer
 from ml.parallel import Rules, loader_share
 from ml.parallel.context import check_length
+from ml.parallel.pipeline_schedule import check_pipeline
 from ml.train.config import ExperimentConfig
 from ml.train.evaluation import make_evaluate
 from ml.train.state import TrainState, init_state
@@ -86,7 +87,7 @@ def make_parts(config: ExperimentConfig, workdir: Workdir) -> Parts:
 
 
 def check_fit(config: ExperimentConfig, rules: Rules) -> None:
-    """Refuses what the mesh cannot cut evenly: the batch into its shards, rows into theirs, experts over theirs.
+    """Refuses what the mesh cannot cut evenly: a batch into its rows, a row, the experts, the layers.
 
     Raises:
       UserError: names the numbers and a valid choice.
@@ -100,6 +101,13 @@ def check_fit(config: ExperimentConfig, rules: Rules) -> None:
         )
     check_length(config.data.sequence_length, shape["sequence"], rules.sequence_order)
     check_experts(config.model, shape)
+    if shape["stage"] > 1:
+        check_pipeline(
+            num_layers=config.model.num_layers,
+            stages=shape["stage"],
+            chunks=train.pipeline_chunks,
+            microbatches=train.microbatches,
+        )
 
 
 def optimizer_of(config: ExperimentConfig) -> tuple[optax.GradientTransformation, optax.Schedule]:

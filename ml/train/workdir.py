@@ -2,9 +2,14 @@
 
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from ml.config import build, to_dict
 from ml.errors import UserError
@@ -19,6 +24,8 @@ _MAY_CHANGE = (
     "train.offload_optimizer",
     "train.attention",
     "train.context",
+    "train.pipeline",
+    "train.pipeline_chunks",
     "train.loss_chunk",
     "train.nonfinite",
     "train.log_every",
@@ -29,6 +36,9 @@ _MAY_CHANGE = (
     "data.num_workers",
     "data.cache_dir",
 )
+
+# A network file system may show a new file to other machines only after a while.
+_VISIBLE_SECONDS = 60.0
 
 
 class Workdir:
@@ -70,6 +80,32 @@ class Workdir:
                 )
             changes.append(f"config.{key}: {before} -> {after}")
         return changes
+
+    def check_shared(self) -> None:
+        """Finds out whether all processes of the run see the same folder; all must call this.
+
+        Raises:
+          UserError: some do not.
+        """
+        if jax.process_count() == 1:
+            return
+        mark = self.path / ".shared"
+        if jax.process_index() == 0:
+            self.path.mkdir(parents=True, exist_ok=True)
+            mark.write_text(str(os.getpid()))
+        written = str(multihost_utils.broadcast_one_to_all(np.int32(os.getpid())))
+        end = time.monotonic() + _VISIBLE_SECONDS
+        while not (seen := mark.is_file() and mark.read_text() == written) and time.monotonic() < end:
+            time.sleep(0.1)
+        blind = np.flatnonzero(~multihost_utils.process_allgather(np.bool_(seen)).ravel()).tolist()
+        if jax.process_index() == 0:
+            mark.unlink(missing_ok=True)
+        if blind:
+            who = ", ".join(map(str, blind))
+            raise UserError(
+                f"--workdir={self.path} is not the same folder on all machines: process {who} does not see what "
+                "process 0 writes there; choose a folder in a file system that they share"
+            )
 
     def claim(self, config: ExperimentConfig) -> None:
         """Makes the folder this experiment's.

@@ -85,8 +85,11 @@ def materialize(w: Any) -> Float[Array, "..."]:
 def _gathered_along(spec: str, x: jax.Array, w: jax.Array, out: PartitionSpec) -> frozenset[str]:
     """The mesh axes that cut the tokens of ``x``, if ``w`` is cut along some of them and must be gathered (ZeRO-3).
 
-    None where tokens enter cut in one way and leave in another: then the compiler chooses.
+    None where JAX keeps no partial sums apart and the compiler must choose: where tokens enter cut in one way and leave
+    in another, and inside of a `jax.shard_map` over other axes (JAX 0.10 and 0.11).
     """
+    if jax.sharding.get_abstract_mesh().manual_axes:
+        return frozenset()
     inputs, of_out = spec.split("->")
     of_x, of_w = inputs.split(",")
     entries = dict(zip(of_x, jax.typeof(x).sharding.spec.partitions, strict=True))

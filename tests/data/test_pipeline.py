@@ -70,6 +70,19 @@ def _global(prepared, count, *, shards, batch=8, seed=3, states=None, workers=0)
     return batches, states
 
 
+@pytest.mark.parametrize("parts", [[(0, 1), (2, 3)], [(0, 3), (1, 2)], [(0, 1, 2), (1, 2, 3)]])
+def test_each_host_has_its_parts_of_every_microbatch(prepared, parts):
+    """Microbatches hold the same rows on any number of hosts, also where two hosts share rows."""
+    whole = _take(make_loader(prepared, global_batch_size=16, seed=3), 3)
+    for mine in parts:
+        loader = make_loader(prepared, global_batch_size=16, seed=3, shard_index=mine, shard_count=4, microbatches=2)
+        for batch, expected in zip(_take(loader, 3), whole, strict=True):
+            for name, x in expected.items():
+                rows = x.reshape(2, 4, 2, -1)[:, list(mine)].reshape(-1, x.shape[1])
+                np.testing.assert_array_equal(batch[name], rows)
+        loader.close()
+
+
 def _assert_equal(found, expected):
     assert len(found) == len(expected)
     for one, other in zip(found, expected, strict=True):
@@ -216,5 +229,9 @@ def test_bad_divisions_are_refused(prepared):
         make_loader(prepared, global_batch_size=7, seed=0, shard_count=2)
     with pytest.raises(UserError, match="use 2"):
         heldout_batches(prepared, global_batch_size=0, shard_count=2)
+    with pytest.raises(UserError, match="8 is not a positive multiple of 2 parts x 3 microbatches: use 12"):
+        make_loader(prepared, global_batch_size=8, seed=0, shard_count=2, microbatches=3)
+    with pytest.raises(ValueError, match=r"shard_index=\(1, 0\) must lie .* ascending"):
+        make_loader(prepared, global_batch_size=8, seed=0, shard_index=(1, 0), shard_count=2)
     with pytest.raises(ValueError, match="shard_index=2"):
         make_loader(prepared, global_batch_size=4, seed=0, shard_index=2, shard_count=2)

@@ -34,6 +34,9 @@ MESHES = {
     "long": MeshConfig(1, 2, 2, sequence=2, sequence_residual=True, layout="zero2"),
     "experts": MeshConfig(1, 2, 1, expert=4),
     "experts_long": MeshConfig(1, 1, 2, expert=2, sequence=2, layout="zero1"),
+    "stages": MeshConfig(2, 2, 1, stage=2),
+    "stages_zero2": MeshConfig(1, 2, 2, stage=2, layout="zero2"),
+    "stages_long": MeshConfig(1, 1, 1, stage=2, sequence=2, expert=2, layout="zero1"),
 }
 ROWS, MICROBATCHES = 16, 2
 # Rate 1 without momentum: the first update is the gradient itself.

@@ -131,13 +131,26 @@ def test_sharded_parameters_span_the_processes_and_one_process_goes_on(config, a
 NAME = r"process {process} \(host [^ ]+, pid {pid}\)"
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+# As if the interpreter had been busy when it happened: the name must come although JAX could have noticed before.
+BUSY = """
+import time, ml.parallel.health as health
+attend = health.WatchedProcess.attend
+health.WatchedProcess.attend = lambda self: time.sleep(0.5) or attend(self)
+"""
+
+
 @pytest.mark.parametrize(
-    ("number", "how"), [(signal.SIGKILL, "died"), (signal.SIGSTOP, "does not answer: it died or hangs")]
+    ("victim", "number", "how"),
+    [
+        (0, signal.SIGKILL, "died"),
+        (1, signal.SIGKILL, "died"),
+        (1, signal.SIGSTOP, "does not answer: it died or hangs"),
+        pytest.param(0, signal.SIGSTOP, "does not answer: it died or hangs", marks=pytest.mark.slow),
+    ],
 )
 def test_a_lost_process_is_named_by_the_other(config, tmp_path, victim, number, how):
     health = ("--config.train.steps=1000", "--config.health.timeout_seconds=3")
-    with pair(config, tmp_path / "w", *health, before=SLOWLY) as running:
+    with pair(config, tmp_path / "w", *health, before=SLOWLY + BUSY) as running:
         running[0].wait_until(lambda: len(rows(tmp_path / "w")) >= 4)
         lost, other = running[victim], running[1 - victim]
         os.kill(lost.pid, number)
@@ -169,6 +182,22 @@ loop.place_batch = fail
     name = NAME.format(process=1, pid=running[1].pid)
     told = rf"error: {name} failed at step 3 \(phase data\): the disk is full"
     assert re.fullmatch(told, running[0].stderr.splitlines()[-1]), running[0].stderr
+
+
+def test_a_folder_that_is_not_shared_is_named(config, tmp_path):
+    """Each process has a disk of its own."""
+    own = f"""
+import ml.train.workdir, pathlib, sys
+ml.train.workdir._VISIBLE_SECONDS = 0.5
+before = ml.train.workdir.Workdir.__init__
+def init(self, path):
+    before(self, pathlib.Path({str(tmp_path)!r}, sys.argv[-1].removeprefix("--")))
+ml.train.workdir.Workdir.__init__ = init
+"""
+    with pair(config, tmp_path / "w", before=own) as running:
+        assert [one.wait().returncode for one in running] == [2, 2], [one.stderr for one in running]
+    for one in running:
+        assert "is not the same folder on all machines: process 1 does not see what process 0" in one.stderr
 
 
 def test_a_signal_to_one_stops_both_after_the_same_step(config, alone, tmp_path):
