@@ -9,7 +9,7 @@ from ml.errors import UserError
 from ml.models.cost import train_flops_per_token
 from ml.parallel import AXES, Rules
 from ml.plan.latency import Latency, LatencyModel
-from ml.plan.memory import Memory, MemoryModel, abstract_rules, device_model
+from ml.plan.memory import Memory, MemoryModel, abstract_rules
 from ml.plan.topology import GPUS_PER_NODE, Topology
 from ml.train.config import ExperimentConfig
 
@@ -116,7 +116,6 @@ def _divides(config: ExperimentConfig, model: MemoryModel, rules: Rules, degrees
     if length % (2 * degrees["sequence"] if degrees["sequence"] > 1 else 1):
         return False
     try:
-        device_model(config.model, degrees)
         for kind in ("state", "compute", "gradients"):
             names = {key: leaf.axes for key, leaf in model.params.items()}
             rules.shardings(names, dict(model.params), kind)  # type: ignore[arg-type]

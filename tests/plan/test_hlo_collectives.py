@@ -127,6 +127,7 @@ ENTRY %main (p: f32[16]) -> f32[16] {
 
 
 def test_loops_multiply_and_pieces_of_one_operation_count_once():
+    assert len(collectives(LOOPS, MESH)) == 3
     found = {(one.kind, one.axes): one for one in collectives(LOOPS, MESH)}
     assert {key: one.times for key, one in found.items()} == {
         ("all-gather", ("tensor",)): 15,

@@ -41,6 +41,15 @@ def test_offloaded_state_and_the_average_are_counted_where_they_are():
     assert offloaded.total == base.total - base.opt_state + base.params
 
 
+def test_gradients_of_a_microbatch_are_added_to_those_before():
+    config = experiment(mesh=MESHES["hybrid"])
+    model, rules = MemoryModel(config), rules_of(config, 8)
+    one = model.predict(config, rules)
+    two = model.predict(changed(config, {"train.microbatches": 2}), rules)
+    assert one.gradients == one.params and two.gradients == 2 * one.gradients
+    assert two.activations == pytest.approx(one.activations / 2, rel=1e-6)
+
+
 def test_what_each_layout_holds():
     """ZeRO (Rajbhandari et al. 2020), figure 1: state in shards; weights and gradients whole or in shards."""
     config = experiment(mesh={"data": 8})

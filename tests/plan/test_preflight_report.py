@@ -14,7 +14,7 @@ from ml.models.cost import train_flops_per_token
 from ml.plan import topology as topologies
 from ml.plan.collectives import by_axes
 from ml.plan.memory import MemoryModel
-from ml.plan.mends import rules_of
+from ml.plan.mends import changed, rules_of
 from ml.plan.preflight import preflight
 from ml.plan.program import Program, assemble
 from ml.plan.topology import parse
@@ -49,6 +49,13 @@ def test_memory_is_what_the_layout_says_and_the_compiler_plans(report, compiled)
     assert memory.temporary == plan.temp_size_in_bytes > 0
     assert memory.needed == pytest.approx(arguments + memory.temporary + memory.program, rel=0.05)
     assert memory.available == 15.75 * 2**30 and report.fits and report.mends == []
+
+
+def test_what_rests_on_the_host_is_not_on_the_device(report):
+    offloaded = preflight(changed(CONFIG, {"train.offload_optimizer": True}), parse("v5e:2x4")).memory
+    scalars = offloaded.opt_state  # they stay
+    assert scalars < 100 and offloaded.host + scalars == report.memory.opt_state
+    assert offloaded.needed == report.memory.needed - offloaded.host
 
 
 def test_the_kernel_for_tpus_is_taken_though_none_is_here(compiled):
