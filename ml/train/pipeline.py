@@ -25,7 +25,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import PyTree
 
 from ml.models import AttentionStrategy, Transformer
@@ -221,7 +221,7 @@ class _Program:
         def embed() -> jax.Array:
             return self.parts.embed(self.rest, self.rest_constants, _item(self.batch, entering.microbatch))
 
-        entered = _when(ticks.entering.active, entering.active, embed, self._zeros())
+        entered = self._when(ticks.entering.active, entering.active, embed, self._zeros())
         state = carry.x, carry.inputs, carry.expert_counts, carry.layer_metrics
         x, inputs, metrics = self._on_stages(self._forward_unit, (tick.forward, entered), state)
         carry = dataclasses.replace(carry, x=x, inputs=inputs, layer_metrics=metrics)
@@ -237,7 +237,7 @@ class _Program:
             return sums, jax.lax.dynamic_update_index_in_dim(head_grads, grad, leaving.slot, 0)
 
         old = (carry.head_metrics, carry.rest_grads), carry.head_grads
-        sums, head_grads = _when(ticks.leaving.active, leaving.active, lambda: head(*old), old)
+        sums, head_grads = self._when(ticks.leaving.active, leaving.active, lambda: head(*old), old)
         return dataclasses.replace(carry, head_metrics=sums[0], rest_grads=sums[1], head_grads=head_grads)
 
     def _backward(self, ticks: _Tick, carry: _Carry, tick: _Tick) -> _Carry:
@@ -253,9 +253,20 @@ class _Program:
             (grads,) = pull(_of_stage(g, self.stages - 1))  # the ring has brought it from the first stage to the last
             return jax.tree.map(jnp.add, carry.rest_grads, grads)
 
-        rest_grads = _when(ticks.returning.active, returning.active, embed, carry.rest_grads)
+        rest_grads = self._when(ticks.returning.active, returning.active, embed, carry.rest_grads)
         carry = dataclasses.replace(carry, g=g, layer_grads=layer_grads, rest_grads=rest_grads)
         return dataclasses.replace(carry, expert_counts=counts, layer_metrics=metrics)
+
+    def _when(self, ticks: np.ndarray, now: Any, do: Callable[[], Any], otherwise: Any) -> Any:
+        """``do()`` if it is due ``now``, else ``otherwise``; no question is asked if all ``ticks`` of the phase agree.
+
+        The answer is the same on all devices, so that ``do`` may communicate.
+        """
+        if ticks.all() or not ticks.any():
+            return do() if ticks.any() else otherwise
+        if _may_branch(self.parts.rules.mesh):
+            return jax.lax.cond(now, do, lambda: otherwise)
+        return jax.tree.map(functools.partial(jnp.where, now), do(), otherwise)
 
     def _on_stages(self, unit: Callable[..., Any], common: tuple[Any, ...], state: tuple[Any, ...]) -> Any:
         """``unit(stage, layers, constants, batch, *common, *state)`` on each stage, with its own layers and state."""
@@ -344,11 +355,10 @@ def _add_where(active: jax.Array, total: Metrics, new: Metrics) -> Metrics:
     return jax.tree.map(lambda a, b: a + jnp.where(active, b, 0), total, new)
 
 
-def _when(ticks: np.ndarray, now: Any, do: Callable[[], Any], otherwise: Any) -> Any:
-    """``do()`` if it is due ``now``, else ``otherwise``; no question is asked if all ``ticks`` of the phase agree.
+def _may_branch(mesh: Mesh) -> bool:
+    """Whether the branches of a conditional may communicate.
 
-    The answer is the same on all devices, so that ``do`` may communicate.
+    XLA's CPU runtime does not order them with respect to the program's other collectives: two devices may each wait for
+    the other in a different one, forever.
     """
-    if ticks.all() or not ticks.any():
-        return do() if ticks.any() else otherwise
-    return jax.lax.cond(now, do, lambda: otherwise)
+    return mesh.devices.flat[0].platform != "cpu"

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from training_cases import LENGTH, MODELS, initial_params, ragged_batch
 
+import ml.train.pipeline
 from ml.errors import UserError
 from ml.models import Transformer, init_params, logical_axes
 from ml.parallel import MeshConfig, Rules, place_batch
@@ -113,6 +114,12 @@ def test_a_vocabulary_that_does_not_divide_into_the_stages():
     check(*gradients(case, vocab_size=66))
 
 
+def test_what_is_not_due_is_skipped_where_branches_may_communicate(monkeypatch):
+    # As on accelerators; on a mesh of stages alone no two collectives are independent, so that it is safe here, too.
+    monkeypatch.setattr(ml.train.pipeline, "_may_branch", lambda mesh: True)
+    check(*gradients(("tied", 4, STAGE2, 4, 2, "1f1b")))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["1f1b", "gpipe"])
 @pytest.mark.parametrize("chunks", [1, 2])
@@ -207,7 +214,7 @@ def test_memory_is_flat_in_the_number_of_microbatches_with_1f1b_alone():
     assert many - few < 0.5, "in units of one hidden state of a microbatch"
     assert abs(size - same_size) < 0.02 * size, "the program's size is flat, too"
     # Two inputs of each further microbatch, one for each chunk, and its head's gradient.
-    assert planned("gpipe", 16)[0] - planned("gpipe", 4)[0] == pytest.approx(3 * 12, abs=0.5)
+    assert planned("gpipe", 16)[0] - planned("gpipe", 4)[0] == pytest.approx(3 * 12, rel=0.05)
 
 
 def test_what_does_not_divide_is_refused():
