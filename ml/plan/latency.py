@@ -91,8 +91,7 @@ class LatencyModel:
         waited, ring = self._activations(config, mesh, seconds)
         one = max(compute, weights + ring) + _SHOWS * min(compute, weights + ring) + waited
         hop = seconds(self._residual(config, mesh), "stage")
-        chunks = getattr(train, "pipeline_chunks", 1)
-        steady = pipeline_seconds(stages, microbatches, one, hop, chunks) if stages > 1 else microbatches * one
+        steady = pipeline_seconds(stages, microbatches, one, hop, train.pipeline_chunks)
         return Latency(
             compute=microbatches * compute,
             weights=microbatches * weights,

@@ -145,7 +145,10 @@ class MemoryModel:
             logit_tokens=rows * min(train.loss_chunk or length, length),
             expert_degree=degrees["expert"],
         )
-        saved = held.saved * min(stages, train.microbatches)  # 1F1B: as many microbatches in flight as stages
+        in_flight = 1
+        if stages > 1:  # 1F1B keeps as many microbatches in flight as there are stages
+            in_flight = train.microbatches if train.pipeline == "gpipe" else min(stages, train.microbatches)
+        saved = held.saved * in_flight
         if config.mesh.sequence_residual and train.remat == "full":
             saved //= degrees["tensor"]
         return saved + max(held.block, held.head)

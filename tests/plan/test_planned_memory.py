@@ -50,6 +50,21 @@ def test_gradients_of_a_microbatch_are_added_to_those_before():
     assert two.activations == pytest.approx(one.activations / 2, rel=1e-6)
 
 
+def test_a_pipeline_holds_what_is_in_flight():
+    def saved(microbatches, **train):
+        config = experiment({"num_layers": 4}, {"data": 4, "stage": 2}, batch_size=64, **train)
+        config = changed(config, {"train.microbatches": microbatches})
+        model, rules = MemoryModel(config), rules_of(config, 8)
+        single = changed(config, {"mesh.stage": 1, "mesh.data": 8, "train.batch_size": 128})
+        whole = MemoryModel(single).predict(single, rules_of(single, 8)).activations
+        return model.predict(config, rules).activations, whole
+
+    kept = 256 * 256 * 2  # bytes that one row keeps of a layer
+    piped, whole = saved(4)
+    assert piped == whole, "two layers of two microbatches are as much as four of one"
+    assert saved(8, pipeline="gpipe")[0] - saved(8)[0] == 2 * 2 * (8 - 2) * kept
+
+
 def test_what_each_layout_holds():
     """ZeRO (Rajbhandari et al. 2020), figure 1: state in shards; weights and gradients whole or in shards."""
     config = experiment(mesh={"data": 8})
