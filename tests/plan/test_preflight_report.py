@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import math
 
 import jax
 import pytest
@@ -154,3 +155,21 @@ def test_another_error_of_the_compiler_is_not_hidden(monkeypatch):
     monkeypatch.setattr(Program, "compile", fail)
     with pytest.raises(jax.errors.JaxRuntimeError, match="Mosaic"):
         preflight(CONFIG, parse("v5e:2x4"))
+
+
+def test_committed_reports_are_of_experiments_here_and_say_what_they_hold(pytestconfig):
+    folder = pytestconfig.rootpath / "docs" / "results"
+    paths = sorted(folder.glob("preflight_*.json"))
+    assert len(paths) >= 4
+    for path in paths:
+        report = json.loads(path.read_text())
+        (config,) = [word.split("=")[1] for word in report["command"].split() if word.startswith("--config=")]
+        assert (pytestconfig.rootpath / config).is_file()
+        assert f"--topology={report['topology']}" in report["command"]
+        assert f"--json=docs/results/{path.name}" in report["command"]
+        memory, machine = report["memory"], parse(report["topology"])
+        assert report["devices"] == machine.device_count == math.prod(report["mesh"].values())
+        assert report["fits"] == (memory["needed"] <= memory["available"])
+        parts = ("params", "opt_state", "ema", "batch", "temporary", "program")
+        assert memory["needed"] == pytest.approx(sum(memory[part] for part in parts), rel=0.01)
+        assert 0 < report["roofline"]["serial_mfu"] <= report["roofline"]["mfu"] < 1
