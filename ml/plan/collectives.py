@@ -20,6 +20,8 @@ _SHARE = {
     "collective-broadcast": lambda n: 1.0,
     "collective-permute": lambda n: 1.0,
 }
+# The TPU compiler has no reduce-scatter: it fuses an all-reduce with the slice that each device keeps of it.
+_FUSED_REDUCE_SCATTER = "all-reduce-scatter"
 _NAME = re.compile(r'op_name="([^"]*)"')
 _IOTA = re.compile(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _ORDER = re.compile(r"\[([\d,]+)\]T\(([\d,]+)\)")
@@ -79,13 +81,16 @@ def collectives(hlo: str, mesh: Mapping[str, int]) -> list[Collective]:
         size = groups.shape[1]
         if size < 2:
             continue
+        moved = _moved(kind, instruction, size)
+        if kind == "all-reduce" and occurrence.computation.startswith(_FUSED_REDUCE_SCATTER):
+            kind = "reduce-scatter"
         name = _NAME.search(instruction.text)
         found.append(
             Collective(
                 kind=kind,
                 axes=_axes(groups, mesh),
                 group=_cycle(groups) if kind == "collective-permute" else size,
-                bytes=_SHARE[kind](size) * _moved(kind, instruction, size),
+                bytes=_SHARE[kind](size) * moved,
                 times=occurrence.times,
                 name=name[1] if name else "",
             )

@@ -55,12 +55,14 @@ class Occurrence:
       times: how often, loops multiplied out.
       scope: the loop bodies and calls around it; a fusion is no scope of its own.
       fused: whether it lies inside a fusion.
+      computation: the name of the computation that holds the line.
     """
 
     instruction: Instruction
     times: int
     scope: tuple[str, ...]
     fused: bool
+    computation: str
 
 
 class Module:
@@ -89,7 +91,7 @@ class Module:
 
     def _visit(self, name: str, times: int, scope: tuple[str, ...], fused: bool) -> Iterator[Occurrence]:
         for instruction in self.computations.get(name, ()):
-            yield Occurrence(instruction, times, scope, fused)
+            yield Occurrence(instruction, times, scope, fused, name)
             if instruction.opcode.endswith(("-done", "-update")):  # names again what its start has run
                 continue
             for called in instruction.called:

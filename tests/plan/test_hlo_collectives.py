@@ -53,6 +53,24 @@ def test_every_way_to_write_groups(groups, axes, group):
 TENSOR = "replica_groups=[2,4]<=[8]"
 
 
+def test_a_sum_fused_with_the_slice_that_is_kept_of_it_is_a_reduce_scatter():
+    text = f"""HloModule m
+
+%all-reduce-scatter.3.clone (input: f32[64,8]) -> f32[16,8] {{
+  %input = f32[64,8] parameter(0)
+  %all = f32[64,8] all-reduce(%input), channel_id=1, {TENSOR}, to_apply=%add
+  ROOT %kept = f32[16,8] dynamic-slice(%all, %i, %zero), dynamic_slice_sizes={{16,8}}
+}}
+
+ENTRY %main (p: f32[64,8]) -> f32[16,8] {{
+  %p = f32[64,8] parameter(0)
+  ROOT %fusion = f32[16,8] fusion(%p), kind=kCustom, calls=%all-reduce-scatter.3.clone
+}}
+"""
+    found = only(text)
+    assert (found.kind, found.axes, found.bytes) == ("reduce-scatter", ("tensor",), 64 * 8 * 4 * 3 / 4)
+
+
 @pytest.mark.parametrize(
     ("line", "size"),
     [
