@@ -123,4 +123,7 @@ def _mend(sizes: dict[str, int], count: int) -> str:
         others = math.prod(size for axis, size in sizes.items() if axis != name and size != -1)
         if -1 not in (size for axis, size in sizes.items() if axis != name) and count % others == 0:
             return f"their product must be {count}: try config.mesh.{name}={count // others}"
-    return f"their product must be {count}"
+    misfits = [f"config.mesh.{name}={size}" for name, size in sizes.items() if size != -1 and count % size]
+    divisors = ", ".join(str(size) for size in range(1, count + 1) if count % size == 0)
+    which = f"; {' and '.join(misfits)} must be one of {divisors}" if misfits and count < 10_000 else ""
+    return f"their product must be {count}{which}"

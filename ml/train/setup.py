@@ -87,7 +87,7 @@ def make_parts(config: ExperimentConfig, workdir: Workdir) -> Parts:
 
 
 def check_fit(config: ExperimentConfig, rules: Rules) -> None:
-    """Refuses what the mesh cannot cut evenly: a batch into its rows, a row, the experts, the layers.
+    """Refuses what the mesh cannot cut evenly: a batch, its rows, experts, layers and weights.
 
     Raises:
       UserError: names the numbers and a valid choice.
@@ -108,6 +108,8 @@ def check_fit(config: ExperimentConfig, rules: Rules) -> None:
             chunks=train.pipeline_chunks,
             microbatches=train.microbatches,
         )
+    shapes = jax.eval_shape(lambda: init_params(Transformer(config.model), jax.random.key(0)))
+    rules.shardings(logical_axes(config.model), shapes)
 
 
 def optimizer_of(config: ExperimentConfig) -> tuple[optax.GradientTransformation, optax.Schedule]:

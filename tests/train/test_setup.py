@@ -13,7 +13,7 @@ from ml.checkpoint.pretrained import save_workdir
 from ml.errors import UserError
 from ml.models import MoEConfig
 from ml.parallel import MeshConfig, Rules
-from ml.train.setup import make_model, make_parts, make_state
+from ml.train.setup import check_fit, make_model, make_parts, make_state
 from ml.train.workdir import Workdir
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -130,3 +130,47 @@ def test_how_experts_are_trained_may_differ_but_not_whether_they_have_a_bias(par
 def test_a_dense_model_has_no_experts_to_spread(parts):
     with pytest.raises(UserError, match=r"config.mesh.expert=2, but the model has no experts"):
         parts(mesh__expert=2)
+
+
+# What the mesh cannot cut, on eight devices; the model has 1 layer, 2 heads, rows of 32 tokens, 8 of them in 2 parts.
+UNFIT = {
+    "no such number of devices": ({"mesh__stage": 3}, "config.mesh.stage=3 must be one of 1, 2, 4, 8"),
+    "batch": ({"train__batch_size": 4}, r"batch_size=4 is not a multiple of microbatches=2 x 8 batch shards.*16"),
+    "row": (
+        {"mesh__data": 1, "mesh__sequence": 8, "data__sequence_length": 24},
+        r"sequence_length=24 does not divide into the 16 chunks that config.mesh.sequence=8.*such as 16",
+    ),
+    "experts of a dense model": (
+        {"mesh__data": 1, "mesh__expert": 4, "mesh__tensor": 2},
+        "config.mesh.expert=4, but the model has no experts; set config.mesh.expert=1",
+    ),
+    "layers": (
+        {"mesh__data": 2, "mesh__stage": 4},
+        r"num_layers=1 is not a multiple of config.mesh.stage=4 x config.train.pipeline_chunks=1; choose stage from 1",
+    ),
+    "microbatches of an interleaved pipeline": (
+        {
+            "mesh__data": 2,
+            "mesh__stage": 4,
+            "model__num_layers": 8,
+            "train__pipeline_chunks": 2,
+        },
+        r"microbatches=2 is not a multiple of config.mesh.stage=4.*use 4 or 8, or pipeline_chunks=1",
+    ),
+    "heads": (
+        {"mesh__data": 2, "mesh__tensor": 4},
+        "config.mesh.tensor=4 does not divide the model's (kv_)?heads axis of 2; choose a divisor of 2",
+    ),
+    "width": (
+        {"train__microbatches": 1, "mesh__layout": "zero3", "model__embed_dim": 20},
+        "config.mesh.data=8 does not divide the model's embed axis of 20; choose a divisor of 20",
+    ),
+}
+
+
+@pytest.mark.parametrize("changes", UNFIT, ids=UNFIT)
+def test_what_the_mesh_cannot_cut_is_named_with_a_valid_choice(corpus, changes):
+    settings, message = UNFIT[changes]
+    with pytest.raises(UserError, match=message):
+        config = experiment(corpus, **settings)
+        check_fit(config, Rules.make(config.mesh))
