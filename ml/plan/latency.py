@@ -141,8 +141,8 @@ class LatencyModel:
         if layout.gradients:
             each += seconds(size * cut(layout.gradients), *layout.gradients)
         copies = tuple(axis for axis in ("data", "fsdp", "expert", "sequence") if axis not in layout.gradients)
-        if layout.gradients:  # each microbatch's, already scattered
-            each += seconds(2 * shard * cut(copies), *copies)
+        if layout.gradients:  # already scattered, float32, once a step
+            once += seconds(2 * 2 * shard * cut(copies), *copies)
         else:
             once += seconds((2 if not layout.state else 1) * 2 * size * cut(copies), *copies)
         return each, once

@@ -83,6 +83,14 @@ def test_replicas_reduce_once_a_step():
     assert zero1.once == pytest.approx(0.75 * one.once, rel=1e-2)
 
 
+def test_shards_of_replicas_are_summed_once_a_step():
+    hybrid = {"mesh.data": 4, "mesh.fsdp": 4}
+    one, four = latency(**hybrid), latency(**hybrid, **{"train.microbatches": 4})
+    assert one.once == four.once and four.weights == pytest.approx(4 * one.weights)
+    weights = 2 * 1024 * 256 + 2 * (256 * 128 * (4 + 4 + 4) + 3 * 256 * 512)
+    assert one.once == pytest.approx(2 * 3 / 4 * 4 * weights / 4 / 50e9, rel=0.01)
+
+
 def test_tensor_parallelism_waits_and_rematerialization_computes():
     tensor = {"mesh.data": 1, "mesh.fsdp": 8, "mesh.tensor": 2}
     one = latency(**tensor)
