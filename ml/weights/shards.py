@@ -35,8 +35,12 @@ def scattered(gradient: jax.Array, w: jax.Array) -> jax.Array:
     # In full precision, and with a barrier: the compiler would move a transposition between sum and cut, and then sum
     # everything everywhere instead of reducing and cutting in one collective.
     gradient = jax.lax.optimization_barrier(gradient.astype(dtype))
-    partial = jax.typeof(gradient).sharding.spec.unreduced - held_axes(w)
-    for unreduced in (partial, kept.reduced):
-        spec = PartitionSpec(*kept.partitions, unreduced=unreduced)
-        gradient = gradient if jax.typeof(gradient).sharding.spec == spec else jax.reshard(gradient, spec)
-    return gradient
+    apart = jax.typeof(gradient).sharding.spec.unreduced
+    cutting = [axis for entry in kept.partitions for axis in mesh_axes(entry) if axis in apart]
+    # One axis after another: a TPU reduces and cuts at once along one dimension of its torus, but not along two.
+    for count in range(1, len(cutting) + 1):
+        later = frozenset(cutting[count:])
+        entries = [tuple(axis for axis in mesh_axes(entry) if axis not in later) or None for entry in kept.partitions]
+        gradient = jax.reshard(gradient, PartitionSpec(*entries, unreduced=apart - set(cutting[:count])))
+    whole = PartitionSpec(*kept.partitions, unreduced=kept.reduced)
+    return gradient if jax.typeof(gradient).sharding.spec == whole else jax.reshard(gradient, whole)
