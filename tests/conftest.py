@@ -4,6 +4,8 @@ import os
 import pathlib
 import sys
 
+import pytest
+
 if "jax" in sys.modules:
     raise RuntimeError("jax was imported before tests/conftest.py; the tests would run on one device")
 
@@ -31,3 +33,17 @@ os.environ["MPLBACKEND"] = "Agg"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="module")
+def absent_tpus():
+    """Compiling for TPUs that are not here. Such a program can be written to the cache, but not read again."""
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    pytest.importorskip("libtpu", reason="libtpu has no wheel for this machine")
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()

@@ -2,7 +2,7 @@
 
 from ml.parallel.batches import loader_share, place_batch
 from ml.parallel.mesh import AXES, MeshConfig, make_mesh
-from ml.parallel.roll import HealthConfig
+from ml.parallel.processes.roll import HealthConfig
 from ml.parallel.rules import LAYOUTS, Layout, Rules
 
 __all__ = [

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ml.models import Transformer
-from ml.parallel import Rules, place_batch
+from ml.parallel import Rules, loader_share, place_batch
 from ml.train.config import TrainConfig
 from ml.train.objective import make_loss
 from ml.train.pipeline import pipelined_loss
@@ -42,15 +42,12 @@ class HeldoutLoss:
 def make_evaluate(model: Transformer, config: TrainConfig, rules: Rules) -> Callable[..., HeldoutLoss]:
     """Returns ``(params, batches, limit=None) -> HeldoutLoss`` over the first ``limit`` batches (``None``: all)."""
     config = dataclasses.replace(config, z_loss=0.0)
-    if rules.mesh.shape["stage"] > 1:
-        loss = pipelined_loss(model, config, rules)
-    else:
-        of_microbatch = make_loss(model, config, rules)
-        loss = lambda params, batch: of_microbatch(params, jax.tree.map(lambda x: x[0], batch))  # noqa: E731
+    staged = rules.mesh.shape["stage"] > 1
+    loss = pipelined_loss(model, config, rules) if staged else make_loss(model, config, rules)
 
     @jax.jit
     def accumulate(total, params, batch):
-        _, metrics = loss(params, batch)
+        _, metrics = loss(params, batch if staged else jax.tree.map(lambda x: x[0], batch))
         return total + jnp.stack([metrics["loss"], batch["loss_mask"].sum()])
 
     def evaluate(params, batches, limit=None):
@@ -60,12 +57,18 @@ def make_evaluate(model: Transformer, config: TrainConfig, rules: Rules) -> Call
             zeros = np.zeros(2, np.float32)
             total = jax.make_array_from_callback(zeros.shape, rules.sharding(None), zeros.__getitem__)
             for batch in group:
-                total = accumulate(total, params, place_batch(batch, rules, 1))
+                total = accumulate(total, params, place_batch(batch, rules, _parts(batch, rules)))
             part = jax.device_get(total)
             nats, tokens = nats + float(part[0]), tokens + round(float(part[1]))
         return HeldoutLoss(nats, tokens)
 
     return evaluate
+
+
+def _parts(batch: Any, rules: Rules) -> int:
+    """Into how many microbatches a batch is cut: as many as there are stages to keep busy, if its rows divide."""
+    stages = rules.mesh.shape["stage"]
+    return stages if len(batch["tokens"]) % (stages * len(loader_share(rules)[0])) == 0 else 1
 
 
 def _groups(batches: Iterable[Any], limit: int | None, size: int = 16) -> Iterable[list[Any]]:

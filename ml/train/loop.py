@@ -11,8 +11,7 @@ from ml.checkpoint import Checkpointer
 from ml.data import Prepared
 from ml.models.cost import parameter_count, peak_flops, train_flops_per_token
 from ml.parallel import place_batch
-from ml.parallel.agreement import Agreement
-from ml.parallel.health import Watch
+from ml.parallel.processes import Agreement, Watch
 from ml.train.config import ExperimentConfig
 from ml.train.evaluation import HeldoutLoss
 from ml.train.interrupt import Interrupt

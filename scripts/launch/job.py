@@ -11,7 +11,7 @@ import config_flag
 from absl import flags
 
 from ml.errors import UserError
-from ml.parallel.roll import RESTART_STATUS
+from ml.parallel.processes import RESTART_STATUS
 
 # Shell: whether a run that ended with status $1 is to be started again. 75: a process was lost; above 130: killed by a
 # signal (137: SIGKILL, out of memory, 134: aborted). 0: done, 1: a bug, 2: a user's mistake, 130: Ctrl-C.

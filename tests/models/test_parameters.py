@@ -58,9 +58,9 @@ ADDED_TO_LAYER = {
     "post_norms": {"post_attention_norm/scale": ((16,), ("norm",)), "post_mlp_norm/scale": ((16,), ("norm",))},
     "experts": {
         "moe/router/kernel": ((16, 5), ("embed", "expert_logits")),
-        "moe/gate/kernel": ((5, 16, 7), ("expert", "embed", "mlp")),
-        "moe/up/kernel": ((5, 16, 7), ("expert", "embed", "mlp")),
-        "moe/down/kernel": ((5, 7, 16), ("expert", "mlp", "embed")),
+        "moe/gate/kernel": ((5, 16, 7), ("expert", "expert_embed", "mlp")),
+        "moe/up/kernel": ((5, 16, 7), ("expert", "expert_embed", "mlp")),
+        "moe/down/kernel": ((5, 7, 16), ("expert", "mlp", "expert_embed")),
     },
 }
 ADDED = {

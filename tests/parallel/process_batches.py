@@ -8,12 +8,11 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 from training_cases import ragged_batch
 
-from ml.parallel import HealthConfig, Rules, loader_share, place_batch
-from ml.parallel.agreement import Agreement
-from ml.parallel.processes import join, launch_by_hand
+from ml.parallel import AXES, HealthConfig, Rules, loader_share, place_batch
+from ml.parallel.processes.agreement import Agreement
+from ml.parallel.processes.launch import join, launch_by_hand
 
-AXES = ("data", "fsdp", "tensor")
-# Degrees, and which device comes where; process 0 has devices 0 to 3.
+# Degrees of data, fsdp and tensor, and which device comes where; process 0 has devices 0 to 3.
 CASES = {
     "side by side": ((4, 2, 1), [0, 1, 2, 3, 4, 5, 6, 7]),
     "in turns": ((2, 4, 1), [0, 1, 4, 5, 2, 3, 6, 7]),
@@ -27,8 +26,9 @@ MICROBATCHES, ROWS = 2, 16
 def place(degrees: tuple[int, ...], order: list[int]) -> tuple[tuple[int, ...], int]:
     """Loads what the share says, places it, and compares every device's part with the batch itself."""
     devices = {device.process_index * 4 + i % 4: device for i, device in enumerate(jax.devices())}
-    arranged = np.array([devices[number] for number in order]).reshape(degrees)
-    rules = Rules(Mesh(arranged, AXES, axis_types=(AxisType.Explicit,) * 3))
+    data, fsdp, tensor = degrees
+    arranged = np.array([devices[number] for number in order]).reshape(1, data, fsdp, 1, 1, tensor)
+    rules = Rules(Mesh(arranged, AXES, axis_types=(AxisType.Explicit,) * len(AXES)))
     parts, count = loader_share(rules)
     whole = {name: x.reshape(MICROBATCHES, ROWS, -1) for name, x in ragged_batch(MICROBATCHES * ROWS).items()}
     local = {

@@ -13,7 +13,7 @@ import pytest
 from training_cases import ragged_batch
 
 from ml.parallel import MeshConfig, Rules, loader_share, make_mesh, place_batch
-from ml.parallel.agreement import Agreement
+from ml.parallel.processes.agreement import Agreement
 
 
 @pytest.fixture(scope="module")
@@ -83,12 +83,13 @@ def test_a_batch_on_the_mesh_is_the_batch(degrees, microbatches):
         assert shard == (microbatches, 16 // microbatches // rules.batch_shards, x.shape[1])
 
 
-def test_columns_are_cut_where_the_length_is():
-    mesh = make_mesh(MeshConfig(2, 1, 4))
-    rules = Rules(mesh, {"batch": ("data",), "length": ("tensor",)})
+@pytest.mark.parametrize("order", ["contiguous", "zigzag"])
+def test_columns_are_dealt_to_the_shards_of_the_length(order):
+    rules = Rules.make(MeshConfig(2, sequence=4, sequence_order=order))
     batch = ragged_batch(8)
+    columns = {"contiguous": np.arange(16), "zigzag": np.array([0, 1, 14, 15, 2, 3, 12, 13, 4, 5, 10, 11, 6, 7, 8, 9])}
     for name, array in place_batch(batch, rules, 2).items():
-        whole = batch[name].reshape(2, 4, -1)
+        whole = batch[name][:, columns[order]].reshape(2, 4, -1)
         for shard in array.addressable_shards:
             assert shard.data.shape == (2, 2, 4)
             np.testing.assert_array_equal(np.asarray(shard.data), whole[shard.index])

@@ -14,7 +14,7 @@ from ml.models import Transformer, logical_axes
 from ml.optim import OPTIMIZERS, OptimizerConfig, ScheduleConfig, make_optimizer
 from ml.parallel import MeshConfig, Rules, place_batch
 from ml.train.config import TrainConfig
-from ml.train.state import init_state
+from ml.train.state import abstract_state, init_state
 from ml.train.step import make_train_step
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -160,6 +160,17 @@ def test_every_model_has_the_same_gradient_on_every_mesh(model, mesh):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_makes_the_same_update_on_every_mesh(name, mesh):
     assert check("tied", name, mesh, 1e-3) >= _COPIES.get(name, 0)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_keeps_its_state_cut_as_the_parameters_are(name):
+    """Before anything is made: of each array that has a parameter's name and shape, and of whatever is as large."""
+    rules, axes = Rules.make(MeshConfig(2, 2, 2, layout="zero1")), logical_axes(MODELS["tied"])
+    tx, _ = make_optimizer(optimizer(name), ScheduleConfig(), total_steps=4, batch_size=ROWS, axes=axes)
+    state = abstract_state(Transformer(MODELS["tied"], place=rules.spec), tx, rules, ema=True)
+    assert check_shardings(state, rules, axes) >= _COPIES.get(name, 0)
+    whole = [x for x in jax.tree.leaves(state.opt_state) if x.size > 1 and x.sharding.is_fully_replicated]
+    assert sum(x.size for x in whole) < 0.1 * sum(x.size for x in jax.tree.leaves(state.params))
 
 
 @pytest.mark.parametrize("mesh", ["ring", "stages"])

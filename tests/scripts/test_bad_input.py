@@ -54,7 +54,7 @@ SETTINGS = {
         '--config.data.sources=[{"kind": "text", "path": 3}]',
         "config.data.sources[0].path: expected a",
     ),
-    "no such choice": ("--config.train.remat=ful", "'full'; did you mean 'full'?"),
+    "no such choice": ("--config.train.remat=ful", "'offload'; did you mean 'full'?"),
     "no such optimizer": ("--config.optimizer.name=lamp", "no optimizer is called 'lamp'; did you mean 'lamb'?"),
     "unknown option": (
         "--config.optimizer.options.epsilon=0.5",
@@ -66,7 +66,7 @@ SETTINGS = {
     "too long": ("--config.data.sequence_length=64", "config.data.sequence_length=64 is longer than the model's"),
     "vocabulary": ("--config.model.vocab_size=270", "model.vocab_size=270 is too small: the tokenizer's ids go up to"),
     "heads": ("--config.model.num_kv_heads=3", "num_heads=2 is not a multiple of num_kv_heads=3"),
-    "mesh": ("--config.mesh.tensor=3", "config.mesh: data=-1 x fsdp=1 x tensor=3 does not fit 1 devices"),
+    "mesh": ("--config.mesh.tensor=3", "config.mesh.tensor=3 must be one of 1"),
     "no such file": ("--config.data.sources[0].path=CORPUSx", "corpus.jsonlx' does not exist; did you mean"),
     "no such tokenizer": (
         "--config.data.tokenizer.path=nowhere",

@@ -7,10 +7,10 @@ import threading
 import pytest
 
 from ml.errors import UserError
-from ml.parallel.meeting import gather, split_address
-from ml.parallel.processes import Launch, detect_launch, find_launch, launch_by_hand
-from ml.parallel.relay import Relay
-from ml.parallel.roll import Identity
+from ml.parallel.processes.launch import Launch, detect_launch, find_launch, launch_by_hand
+from ml.parallel.processes.meeting import gather, split_address
+from ml.parallel.processes.relay import Relay
+from ml.parallel.processes.roll import Identity
 
 
 @pytest.fixture

@@ -18,9 +18,9 @@ from typing import Any, TypeVar
 import jax
 
 from ml.errors import UserError
-from ml.parallel.connection import wait_for
-from ml.parallel.meeting import Meeting
-from ml.parallel.roll import HealthConfig, Phase, Report, Roll, Verdict
+from ml.parallel.processes.connection import wait_for
+from ml.parallel.processes.meeting import Meeting
+from ml.parallel.processes.roll import HealthConfig, Phase, Report, Roll, Verdict
 
 T = TypeVar("T")
 _BEAT = 1.0

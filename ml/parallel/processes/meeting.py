@@ -1,7 +1,7 @@
 """How the processes of a run find one another before JAX does: process 0 listens, the others introduce themselves.
 
 JAX's own start leaves a wrong count, a number given twice or a process that never comes to a timeout that names no one.
-The connections that are made here stay, and carry the signs of life of `ml.parallel.health`.
+The connections that are made here stay, and carry the signs of life of `ml.parallel.processes.health`.
 """
 
 import contextlib
@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable
 
 from ml.errors import UserError
-from ml.parallel.connection import Connection, wait_for
-from ml.parallel.roll import Identity
+from ml.parallel.processes.connection import Connection, wait_for
+from ml.parallel.processes.roll import Identity
 
 _POLL = 0.1
 _FAREWELL = 2.0

@@ -3,7 +3,7 @@
 JAX's client ends its process at once (``LOG(FATAL)``, status 134) when the connection to the coordination service is
 closed, which is what happens when process 0 dies: no one could say any more who died and how to go on. A client that
 connects through a relay sees a silent service instead, which it tolerates for ``heartbeat_timeout_seconds``: enough for
-`ml.parallel.health` to name the dead process and to end this one.
+`ml.parallel.processes.health` to name the dead process and to end this one.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import socket
 import threading
 import time
 
-from ml.parallel.connection import close_in_forked_children
+from ml.parallel.processes.connection import close_in_forked_children
 
 _CHUNK = 1 << 16
 

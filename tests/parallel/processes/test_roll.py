@@ -3,7 +3,7 @@
 import pytest
 
 from ml.errors import UserError
-from ml.parallel.roll import HealthConfig, Identity, Report, Roll
+from ml.parallel.processes.roll import HealthConfig, Identity, Report, Roll
 
 CONFIG = HealthConfig(timeout_seconds=60, stall_seconds=600, slow_seconds=3600)
 END = "; restart the job: it goes on from the newest whole checkpoint"

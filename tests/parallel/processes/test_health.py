@@ -9,10 +9,10 @@ import jax
 import pytest
 
 from ml.errors import UserError
-from ml.parallel.connection import Connection
-from ml.parallel.health import WatchedProcess
-from ml.parallel.meeting import Meeting
-from ml.parallel.roll import HealthConfig, Identity
+from ml.parallel.processes.connection import Connection
+from ml.parallel.processes.health import WatchedProcess
+from ml.parallel.processes.meeting import Meeting
+from ml.parallel.processes.roll import HealthConfig, Identity
 
 CONFIG = HealthConfig(timeout_seconds=60, stall_seconds=100)
 PATIENCE = 60  # seconds after which a test gives up

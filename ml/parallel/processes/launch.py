@@ -11,10 +11,10 @@ from typing import Literal
 import jax
 
 from ml.errors import UserError
-from ml.parallel.health import Watch, WatchedProcess
-from ml.parallel.meeting import gather, split_address
-from ml.parallel.relay import Relay
-from ml.parallel.roll import HealthConfig, Identity
+from ml.parallel.processes.health import Watch, WatchedProcess
+from ml.parallel.processes.meeting import gather, split_address
+from ml.parallel.processes.relay import Relay
+from ml.parallel.processes.roll import HealthConfig, Identity
 
 # JAX's own watch ends a process without a name; it comes only where ours does not.
 _JAX_PATIENCE = 4

@@ -136,7 +136,7 @@ NAME = r"process {process} \(host [^ ]+, pid {pid}\)"
 
 # As if the interpreter had been busy when it happened: the name must come although JAX could have noticed before.
 BUSY = """
-import time, ml.parallel.health as health
+import time, ml.parallel.processes.health as health
 attend = health.WatchedProcess.attend
 health.WatchedProcess.attend = lambda self: time.sleep(0.5) or attend(self)
 """
