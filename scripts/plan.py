@@ -55,7 +55,8 @@ def main() -> None:
     )
     table = Table()
     for name in ("", "mesh", "layout", "micro-\nbatches", "remat", "GiB", "s/step", "MFU", "waits for"):
-        table.add_column(name, justify="left" if name in ("mesh", "layout", "remat", "waits for") else "right")
+        text = name in ("mesh", "layout", "remat", "waits for")
+        table.add_column(name, justify="left" if text else "right", overflow="fold")
     for rank, plan in enumerate(plans[: args.top], 1):
         keys, latency = plan.overrides, plan.latency
         degrees = [f"{k.removeprefix('mesh.')}={v}" for k, v in keys.items() if isinstance(v, int) and "mesh." in k]
@@ -75,7 +76,8 @@ def main() -> None:
         )
     console.print(table)
     batch = f" --config.train.batch_size={config.train.batch_size}" if args.global_batch else ""
-    console.print(f"first: {plans[0].flags}{batch}", soft_wrap=True)
+    for rank, plan in enumerate(plans[: args.top], 1):
+        console.print(f"{rank}: {plan.flags}{batch}", soft_wrap=True)
     for rank, plan in enumerate(plans[: args.check], 1):
         report = preflight(changed(config, plan.overrides), machine)
         console.print(f"{rank} compiled: {report.verdict()}; formula {plan.memory.total / 2**30:.1f}", soft_wrap=True)

@@ -12,7 +12,7 @@ def test_ranks_and_prints_flags():
     done = run("plan.py", *JOB, "--top=3", "--global_batch=64", "--efficiency=0.5")
     assert done.returncode == 0, done.stderr
     assert "8 x TPU v5e fit. Predicted, not measured: matrix products at 50% of peak" in done.stdout.replace("\n", " ")
-    (flags,) = re.findall(r"^first: (.*)$", done.stdout, re.MULTILINE)
+    (flags,) = re.findall(r"^1: (.*)$", done.stdout, re.MULTILINE)
     assert re.fullmatch(r"(--config\.[a-z_.]+=\w+ ?)+", flags)
     assert flags.endswith("--config.train.batch_size=64") and "--config.mesh.layout=" in flags
     assert len(re.findall(r"^│ +\d", done.stdout, re.MULTILINE)) == 3
