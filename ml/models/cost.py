@@ -4,6 +4,7 @@ Derivations are per token and per layer; the tests hold them against the model i
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -250,6 +251,27 @@ def activation_memory(
         block=round(tokens * block),
         head=(tokens if logit_tokens is None else logit_tokens) * head,
     )
+
+
+def device_model(config: TransformerConfig, degrees: Mapping[str, int]) -> TransformerConfig:
+    """The part of the model that one device computes with its tokens.
+
+    Args:
+      config: the whole model.
+      degrees: mesh axis -> degree; what counts is ``tensor`` and ``stage``.
+
+    Raises:
+      UserError: the degrees do not divide the model.
+    """
+    tensor, stage = degrees["tensor"], degrees["stage"]
+    cut = {"num_heads": tensor, "num_kv_heads": tensor, "mlp_dim": tensor, "vocab_size": tensor, "num_layers": stage}
+    for name, parts in cut.items():
+        if getattr(config, name) % parts:
+            raise UserError(f"config.model.{name}={getattr(config, name)} cannot be cut into {parts} parts")
+    changes: dict[str, Any] = {name: getattr(config, name) // parts for name, parts in cut.items()}
+    if config.moe is not None:
+        changes["moe"] = dataclasses.replace(config.moe, mlp_dim=config.moe.mlp_dim // tensor)
+    return dataclasses.replace(config, **changes)
 
 
 def _attention_kernels(c: TransformerConfig) -> int:

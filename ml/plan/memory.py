@@ -6,14 +6,14 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
-from ml.errors import UserError
-from ml.models import Transformer, TransformerConfig, init_params, logical_axes
-from ml.models.cost import activation_memory
+from ml.models import Transformer, init_params, logical_axes
 from ml.parallel import AXES, LAYOUTS, Rules
 from ml.parallel.rules import Kind
 from ml.train.config import ExperimentConfig
+from ml.train.memory import predicted_activations
 from ml.train.setup import optimizer_of
 
 
@@ -114,7 +114,7 @@ class MemoryModel:
             compute_copies=copies,
             gradients=gradients * (2 if train.microbatches > 1 else 1),
             gathered=self.gathered_bytes(rules, itemsize) if any(degrees[a] > 1 for a in layout.compute) else 0,
-            activations=self._activations(config, degrees, itemsize),
+            activations=predicted_activations(config, degrees, jnp.bfloat16 if itemsize == 2 else jnp.float32),
             host=opt_state if train.offload_optimizer else 0,
         )
 
@@ -129,46 +129,6 @@ class MemoryModel:
             elif "vocab" in leaf.axes and (keys[0] == "unembed" or self._model.tie_embeddings):
                 head = size
         return max(3 * layer, 2 * head)
-
-    def _activations(self, config: ExperimentConfig, degrees: dict[str, int], itemsize: int) -> int:
-        train, stages = config.train, degrees["stage"]
-        shards = degrees["data"] * degrees["fsdp"] * degrees["expert"]
-        rows = train.batch_size // (train.microbatches * shards)
-        length = config.data.sequence_length // degrees["sequence"]
-        held = activation_memory(
-            device_model(self._model, degrees),
-            batch=rows,
-            length=length,
-            remat=train.remat,
-            dtype="bfloat16" if itemsize == 2 else "float32",
-            attention="xla" if train.attention in ("xla", "reference") else "kernel",
-            logit_tokens=rows * min(train.loss_chunk or length, length),
-            expert_degree=degrees["expert"],
-        )
-        in_flight = 1
-        if stages > 1:  # 1F1B keeps as many microbatches in flight as there are stages
-            in_flight = train.microbatches if train.pipeline == "gpipe" else min(stages, train.microbatches)
-        saved = held.saved * in_flight
-        if config.mesh.sequence_residual and train.remat == "full":
-            saved //= degrees["tensor"]
-        return saved + max(held.block, held.head)
-
-
-def device_model(config: TransformerConfig, degrees: dict[str, int]) -> TransformerConfig:
-    """The part of the model that one device computes with its tokens.
-
-    Raises:
-      UserError: the degrees do not divide the model.
-    """
-    tensor, stage = degrees["tensor"], degrees["stage"]
-    cut = {"num_heads": tensor, "num_kv_heads": tensor, "mlp_dim": tensor, "vocab_size": tensor, "num_layers": stage}
-    for name, parts in cut.items():
-        if getattr(config, name) % parts:
-            raise UserError(f"config.model.{name}={getattr(config, name)} cannot be cut into {parts} parts")
-    changes: dict[str, Any] = {name: getattr(config, name) // parts for name, parts in cut.items()}
-    if config.moe is not None:
-        changes["moe"] = dataclasses.replace(config.moe, mlp_dim=config.moe.mlp_dim // tensor)
-    return dataclasses.replace(config, **changes)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -15,9 +15,9 @@ from ml.parallel.processes import Agreement, Watch
 from ml.train.config import ExperimentConfig
 from ml.train.evaluation import HeldoutLoss
 from ml.train.interrupt import Interrupt
-from ml.train.memory import MemoryUse, memory_use
+from ml.train.memory import MemoryUse, memory_use, predicted_activations
 from ml.train.recorder import Pending, Recorder
-from ml.train.setup import make_parts, make_state, predicted_activations
+from ml.train.setup import make_parts, make_state
 from ml.train.step import make_train_step
 from ml.train.workdir import Workdir
 
@@ -118,7 +118,7 @@ def train(config: ExperimentConfig, path: str | os.PathLike[str], watch: Watch |
                     watch.at("compiling")
                     compiled = jax.jit(step_fn, donate_argnums=0).lower(state, batch).compile()
                     memory = memory_use(state, compiled)
-                    formula = predicted_activations(parts) / 2**20
+                    formula = predicted_activations(config, mesh.shape, parts.model.dtype) / 2**20
                     recorder.display.log(f"memory: {memory} (activations by formula: {formula:,.0f})")
                 watch.at("step")
                 with jax.transfer_guard("disallow"):

@@ -14,7 +14,6 @@ from ml.config import to_dict
 from ml.data import HeldoutBatches, Loader, Prepared, check_vocab, heldout_batches, make_loader, prepare
 from ml.errors import UserError
 from ml.models import MoEConfig, Transformer, TransformerConfig, init_params, logical_axes
-from ml.models.cost import activation_memory
 from ml.models.moe import check_experts
 from ml.optim import eval_params, make_optimizer
 from ml.parallel import Rules, loader_share
@@ -121,22 +120,6 @@ def optimizer_of(config: ExperimentConfig) -> tuple[optax.GradientTransformation
         batch_size=config.train.batch_size,
         axes=logical_axes(config.model),
     )
-
-
-def predicted_activations(parts: Parts) -> int:
-    """Bytes of activations on a device, by formula (`ml.models.cost`), known before anything is compiled."""
-    config, rows = parts.config, parts.config.train.batch_size // parts.config.train.microbatches
-    rows, length = rows // parts.rules.batch_shards, config.data.sequence_length
-    return activation_memory(
-        config.model,
-        batch=rows,
-        length=length,
-        remat=config.train.remat,
-        dtype=parts.model.dtype,
-        attention="kernel" if config.train.attention == "cudnn" else "xla",
-        logit_tokens=rows * (config.train.loss_chunk or length),
-        expert_degree=parts.rules.mesh.shape["expert"],
-    ).total
 
 
 def make_model(config: ExperimentConfig, rules: Rules) -> Transformer:
