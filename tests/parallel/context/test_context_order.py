@@ -17,7 +17,7 @@ def test_zigzag_pairs_an_early_chunk_with_a_late_one():
 @pytest.mark.parametrize("shards", [2, 8, 64])
 @pytest.mark.parametrize("length", [1024, 65536])
 def test_zigzag_balances_every_step_of_the_ring(length, shards):
-    """Work on 8 devices at 65536 tokens: zig-zag 1.00 of the mean everywhere; contiguous 0.17 to 1.82 of it."""
+    """Work on 8 devices at 65536 tokens: zig-zag 1.00 of the mean everywhere; contiguous 0.13 to 1.87 of it."""
     work = ring_work(length, shards, "zigzag")
     assert work.shape == (shards, shards)
     assert np.all(np.abs(work / work.mean(axis=0) - 1) < 0.05)
