@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from ml.plan.hlo import Instruction, Module
+from ml.plan.hlo import Instruction, Module, Occurrence
 
 # The bytes that each device sends, as a share of what the operation moves, in a group of ``n``, with the algorithms
 # that are optimal for long messages (Chan et al. 2007): rings and their multidimensional kin.
@@ -20,6 +20,9 @@ _SHARE = {
     "collective-broadcast": lambda n: 1.0,
     "collective-permute": lambda n: 1.0,
 }
+_BETWEEN_SLICES = re.compile(
+    r'_xla_megascale_target="\{(?P<slices>[\d,:]+)\}.*_xla_megascale_transfer_type="(?P<kind>[A-Z_]+)"'
+)
 # The TPU compiler has no reduce-scatter: it fuses an all-reduce with the slice that each device keeps of it.
 _FUSED_REDUCE_SCATTER = "all-reduce-scatter"
 _NAME = re.compile(r'op_name="([^"]*)"')
@@ -54,7 +57,7 @@ class Collective:
         return self.bytes * self.times
 
 
-def collectives(hlo: str, mesh: Mapping[str, int]) -> list[Collective]:
+def collectives(hlo: str, mesh: Mapping[str, int], across: str = "data") -> list[Collective]:
     """Reads the collectives off a compiled program.
 
     A pair of start and done is one operation, and so are the pieces of one that the compiler spread over several
@@ -63,12 +66,15 @@ def collectives(hlo: str, mesh: Mapping[str, int]) -> list[Collective]:
     Args:
       hlo: text of the compiled module, partitioned.
       mesh: axis name -> size, in the order in which the program numbers its devices.
+      across: the axis that spans slices. What TPUs do over the network between them is a ``send`` to their hosts.
     """
     found: list[Collective] = []
     seen: set[tuple[tuple[str, ...], str]] = set()
     for occurrence in Module(hlo).occurrences():
         instruction = occurrence.instruction
         kind = instruction.opcode.removesuffix("-start")
+        if kind == "send" and (hosted := _BETWEEN_SLICES.search(instruction.text)):
+            found.append(_between_slices(hosted, occurrence, across))
         if kind not in _SHARE:
             continue
         channel = re.search(r"channel_id=(\d+)", instruction.text)
@@ -107,6 +113,21 @@ def by_axes(found: Iterable[Collective]) -> dict[tuple[str, tuple[str, ...]], tu
         entry[1] += one.times
     ordered = sorted(totals.items(), key=lambda item: -item[1][0])
     return {key: (size, int(times)) for key, (size, times) in ordered}
+
+
+def _between_slices(hosted: re.Match[str], occurrence: Occurrence, across: str) -> Collective:
+    first, _, last = hosted["slices"].partition(":")
+    slices = int(last) - int(first) + 1 if last else len(hosted["slices"].split(","))
+    kind = hosted["kind"].lower().replace("_", "-")
+    name = _NAME.search(occurrence.instruction.text)
+    return Collective(
+        kind=kind,
+        axes=(across,),
+        group=slices,
+        bytes=_SHARE[kind](slices) * occurrence.instruction.arrays[0][1],
+        times=occurrence.times,
+        name=name[1] if name else "",
+    )
 
 
 def _moved(kind: str, instruction: Instruction, group: int) -> int:

@@ -75,7 +75,7 @@ def preflight(config: ExperimentConfig, topology: Topology) -> Report:
         available=available,
     )
     mesh = program.rules.mesh
-    sent = collectives(compiled.as_text(), mesh.shape) if compiled is not None else []
+    sent = collectives(compiled.as_text(), mesh.shape, config.mesh.slice_axis) if compiled is not None else []
     tokens = config.train.batch_size * config.data.sequence_length
     computed = computed_flops(program.traced.jaxpr, _kernel_share(config))
     line = None

@@ -221,3 +221,12 @@ def test_a_gradient_along_the_batch_is_reduced_over_it(mesh):
     text = compiled(mesh, jax.grad(loss), ((16, 32), (None, "tensor")), ((8, 16), ("data", None)))
     assert by_axes(collectives(text, mesh.shape)) == {("all-reduce", ("data",)): (2 / 2 * 16 * 8 * 4, 1)}
     assert np.isclose(collectives(text, mesh.shape)[0].group, 2)
+
+
+@pytest.mark.parametrize(("slices", "count"), [("1,2", 2), ("1:4", 4)])
+def test_a_sum_over_slices_is_sent_by_their_hosts(slices, count):
+    attributes = f'_xla_megascale_target="{{{slices}}}x{{0:3}}",_xla_megascale_transfer_type="ALL_REDUCE"'
+    line = f"%s = (f32[64,8], u32[], token[]) send(%p, %t), channel_id=2, frontend_attributes={{{attributes}}}"
+    (found,) = collectives(program(line, "%t = token[] after-all()"), MESH, across="stage")
+    assert (found.kind, found.axes, found.group) == ("all-reduce", ("stage",), count)
+    assert found.bytes == 2 * (count - 1) / count * 64 * 8 * 4
