@@ -15,6 +15,7 @@ from ml.parallel.rules import Kind
 from ml.train.config import ExperimentConfig
 from ml.train.memory import predicted_activations
 from ml.train.setup import optimizer_of
+from ml.weights.shards import mesh_axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +58,7 @@ class _Leaf:
         """On one device."""
         shards = 1
         for entry in rules.spec(*self.axes, kind=kind):
-            names = entry if isinstance(entry, tuple) else (entry,) if entry else ()
-            shards *= math.prod(rules.mesh.shape[name] for name in names)
+            shards *= math.prod(rules.mesh.shape[name] for name in mesh_axes(entry))
         return math.prod(self.shape) * (itemsize or self.itemsize) // shards
 
 

@@ -4,9 +4,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from ml.models import AttentionStrategy, SelfAttention, Transformer, head_params
+from ml.models.moe import MoEStats
 from ml.parallel import Rules
 from ml.parallel.context import RingAttention, UlyssesAttention
 from ml.train.config import TrainConfig
@@ -23,31 +24,47 @@ def make_loss(
 
     ``expert_counts [layers, experts]`` are those of the same step's earlier microbatches; ``metrics`` holds this one's.
     """
-    moe = model.config.moe
-
-    def logits_of(head, hidden):
-        return model.apply({"params": head}, hidden, method="logits")
 
     def loss(params, batch, expert_counts=None):
-        segments = batch["segment_ids"]
-        strategy = self_attention(segments, config, rules)
         outputs: Any = model.apply(
             {"params": params},
             batch["tokens"],
-            strategy,
+            self_attention(batch["segment_ids"], config, rules),
             batch["positions"],
-            valid=None if segments is None else segments > 0,
+            valid=valid_tokens(batch),
             expert_counts=expert_counts,
         )
         hidden, _, stats = outputs
-        head, mask = head_params(model.config, params), batch["loss_mask"]
-        objective, nll = chunked_loss(logits_of, head, hidden, batch["targets"], mask, config.z_loss, config.loss_chunk)
-        balance = stats.balance * mask.sum()
-        if moe is not None:
-            objective = objective + moe.aux_loss_weight * balance
-        return objective, {"loss": nll, "balance": balance, "expert_counts": stats.counts}
+        objective, nll = head_loss(model, config, params, hidden, batch)
+        weighted, balance = balance_loss(model, stats, batch)
+        return objective + weighted, {"loss": nll, "balance": balance, "expert_counts": stats.counts}
 
     return loss
+
+
+def valid_tokens(batch: Batch) -> Bool[Array, "batch length"] | None:
+    """Which tokens are more than padding; ``None``: all."""
+    segments = batch["segment_ids"]
+    return None if segments is None else segments > 0
+
+
+def head_loss(
+    model: Transformer, config: TrainConfig, params: Any, hidden: Float[Array, "batch length embed"], batch: Batch
+) -> tuple[jax.Array, jax.Array]:
+    """What the model's output costs: objective and cross-entropy, summed over counted tokens."""
+
+    def logits_of(head: Any, hidden: jax.Array) -> Any:
+        return model.apply({"params": head}, hidden, method="logits")
+
+    head = head_params(model.config, params)
+    targets, mask = batch["targets"], batch["loss_mask"]
+    return chunked_loss(logits_of, head, hidden, targets, mask, config.z_loss, config.loss_chunk)
+
+
+def balance_loss(model: Transformer, stats: MoEStats, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """What an uneven use of experts costs, weighted and not, summed over counted tokens; 0 for a dense model."""
+    balance, moe = stats.balance * batch["loss_mask"].sum(), model.config.moe
+    return balance * (moe.aux_loss_weight if moe is not None else 0.0), balance
 
 
 def self_attention(

@@ -6,16 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, PyTree
 
-from ml.models import AttentionStrategy, Transformer, head_params, logical_axes
+from ml.models import AttentionStrategy, Transformer, logical_axes
 from ml.parallel import Rules
 from ml.train.config import TrainConfig
-from ml.train.loss import chunked_loss
-from ml.train.objective import Batch, Metrics
+from ml.train.objective import Batch, Metrics, balance_loss, head_loss, valid_tokens
+from ml.weights.shards import mesh_axes
 
 # (what is differentiated, constants that belong to it) -> parameters of the model. Leaf by leaf, so that it holds for
 # any part of the tree and any run of the layers.
@@ -70,33 +69,23 @@ class Parts:
             x,
             self.strategy(microbatch),
             microbatch["positions"],
-            valid=microbatch["segment_ids"] > 0,
+            valid=valid_tokens(microbatch),
             expert_counts=expert_counts,
             first=first,
             count=count,
             method="run_layers",
         )
         x, _, stats = outputs
-        balance = stats.balance * microbatch["loss_mask"].sum()
-        moe = self.model.config.moe
-        objective = moe.aux_loss_weight * balance if moe else jnp.zeros_like(balance)
+        objective, balance = balance_loss(self.model, stats, microbatch)
         return (x, objective), ({"objective": objective, "balance": balance}, stats.counts)
 
     def head(
         self, rest: PyTree, x: Float[Array, "rows length embed"], constants: PyTree, microbatch: Batch
     ) -> tuple[Float[Array, ""], Metrics]:
         """Objective and metrics of what the last block returned, summed over counted tokens."""
-        params, config = self.wrap(rest, constants), self.config
+        params = self.wrap(rest, constants)
         hidden: Any = self._ends.apply({"params": params}, x, method="normalize")
-        objective, loss = chunked_loss(
-            lambda head, hidden: self._ends.apply({"params": head}, hidden, method="logits"),  # type: ignore[arg-type,return-value]
-            head_params(self.model.config, params),
-            hidden,
-            microbatch["targets"],
-            microbatch["loss_mask"],
-            config.z_loss,
-            config.loss_chunk,
-        )
+        objective, loss = head_loss(self._ends, self.config, params, hidden, microbatch)
         return objective, {"objective": objective, "loss": loss}
 
     def spread(self, rest: PyTree) -> PyTree:
@@ -121,15 +110,11 @@ class Parts:
 
     @functools.cached_property
     def _vocab_divides(self) -> bool:
-        axes = _axes(_cut_vocab(self.rules.spec("vocab"), ("vocab",))[0])
+        axes = mesh_axes(_cut_vocab(self.rules.spec("vocab"), ("vocab",))[0])
         return self.model.config.vocab_size % int(np.prod([self.rules.mesh.shape[axis] for axis in axes])) == 0
 
 
 def _cut_vocab(spec: PartitionSpec, names: tuple[str | None, ...]) -> PartitionSpec:
     """``spec`` of an array with these axes, and ``vocab`` is cut over ``stage`` as well."""
-    entries = [(*_axes(entry), *(("stage",) if "stage" not in _axes(entry) else ())) for entry in spec]
+    entries = [(*mesh_axes(entry), *(("stage",) if "stage" not in mesh_axes(entry) else ())) for entry in spec]
     return PartitionSpec(*(new if n == "vocab" else old for new, old, n in zip(entries, spec, names, strict=True)))
-
-
-def _axes(entry: Any) -> tuple[str, ...]:
-    return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
