@@ -85,7 +85,7 @@ def slots(
       page_size: tokens in a page.
     """
     inside = (sequence >= 0) & (position >= 0) & (position < block_table.shape[1] * page_size)
-    page = block_table[jnp.where(inside, sequence, 0), jnp.where(inside, position, 0) // page_size]
+    page = jnp.asarray(block_table)[jnp.where(inside, sequence, 0), jnp.where(inside, position, 0) // page_size]
     return jnp.where(inside, page * page_size + position % page_size, -1)
 
 
