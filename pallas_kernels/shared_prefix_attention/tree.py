@@ -92,9 +92,8 @@ def find_sharing(
 
 def _intervals(keys: np.ndarray, pages: np.ndarray) -> list[tuple]:
     """The inner nodes of the tree over sorted keys, as nested ``(first, last, pages in common, children)``."""
-    different = keys[:-1] != keys[1:]
-    common = np.where(different.any(axis=1), different.argmax(axis=1), keys.shape[1])
-    common = np.minimum(common, np.minimum(pages[:-1], pages[1:]))
+    different = np.pad(keys[:-1] != keys[1:], ((0, 0), (0, 1)), constant_values=True)
+    common = np.minimum(different.argmax(axis=1), np.minimum(pages[:-1], pages[1:]))
     roots: list[tuple] = []
     stack: list[list] = []  # open nodes: first, pages in common, children
     for i, depth in enumerate([*common.tolist(), 0]):
