@@ -15,7 +15,7 @@ from pallas_kernels.shared_prefix_attention import Crossover, make_plan, shared_
 
 PAGE, HEADS, KV_HEADS, HEAD_DIM = 4, 4, 2, 16
 PAGES, WIDTH = 400, 100
-IMPLEMENTATIONS = ("reference",)
+IMPLEMENTATIONS = ("xla", "reference")
 
 
 @functools.cache
@@ -117,13 +117,13 @@ def test_traced_window(implementation):
 )
 def test_types_of_cache(dtype, tolerance):
     table, lengths = _batch(3)
-    _assert_equal(*_both(table, lengths, dtype=dtype, implementation="reference"), tolerance)
+    _assert_equal(*_both(table, lengths, dtype=dtype, implementation="xla"), tolerance)
 
 
 def test_stays_right_while_sequences_grow():
     table, lengths = _batch(1)
     plan = make_plan(table, np.maximum(lengths - 2, 0), page_size=PAGE, crossover=Crossover.always())
-    _assert_equal(*_both(table, lengths, plan=plan, implementation="reference"))
+    _assert_equal(*_both(table, lengths, plan=plan, implementation="xla"))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -166,7 +166,7 @@ def test_a_swapped_page_or_a_forgotten_level_is_noticed():
     kv_end[segment] -= 1
     shortened = dataclasses.replace(plan, nodes=dataclasses.replace(plan.nodes, kv_end=kv_end))
     for wrong in (forgotten, shortened):
-        alone, shared = _both(table, lengths, plan=wrong, implementation="reference")
+        alone, shared = _both(table, lengths, plan=wrong, implementation="xla")
         with pytest.raises(AssertionError):
             _assert_equal(alone, shared, tolerance=1e-3)
 
