@@ -126,7 +126,7 @@ class Generator:
         requests: Sequence[SamplingParams],
         report: Callable[[int, list[int]], None],
     ) -> list[Completion]:
-        stops = [frozenset(self._stop_ids + request.stop_ids) for request in requests]
+        stops = [frozenset(self._stop_ids + request.stop_token_ids) for request in requests]
         room = self._bucket(max(len(p) + r.max_tokens for p, r in zip(prompts, requests, strict=True)))
         tokens, batch = _pad(prompts, requests, stops, self._bucket(max(map(len, prompts))), room)
         cache, rows = _prefill(self._model, self._params, tokens, batch)

@@ -1,42 +1,70 @@
-"""Choosing the next token on the device: greedy, or drawn after temperature, top-k, top-p and min-p."""
+"""Choosing the next token on the device: greedy, or drawn after penalties, temperature, top-k, top-p and min-p."""
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
+
+# Most tokens whose log-probabilities are given beside the drawn one's, and most biased tokens of a request (OpenAI's).
+MAX_LOGPROBS = 20
+MAX_BIASES = 300
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """What one request asks for.
+    """What one request asks for; the names are vLLM's and OpenAI's.
 
     Attributes:
       max_tokens: most tokens to generate.
+      min_tokens: no stop token is drawn before this many.
       temperature: divides the logits; 0: always the likeliest token.
       top_k: draw from this many likeliest tokens; 0: from all.
       top_p: draw from the fewest likeliest tokens that hold this much probability (Holtzman et al. 2020), counted
         among those that ``top_k`` leaves; 1: from all.
       min_p: draw from tokens at least this probable, as a fraction of the likeliest (Nguyen et al. 2024); 0: from all.
+      presence_penalty: subtracted from the logit of every token already written.
+      frequency_penalty: subtracted once for every time that it was written.
+      repetition_penalty: divides the positive and multiplies the negative logits of tokens in prompt or text (Keskar et
+        al. 2019, CTRL); 1: none.
+      logit_bias: added to the logits of tokens.
       seed: of this request; its text depends on nothing else in the batch.
-      stop_ids: tokens that end the text, besides the model's own; they are not part of it.
+      stop_token_ids: tokens that end the text, besides the model's own; they are not part of it.
+      stop: strings that end the text; they are not part of it.
+      ignore_eos: the model's own end of text does not end it.
+      n: texts to write, with seeds ``seed``, ``seed + 1``, and so on.
+      logprobs: give the log-probability of each token, and of so many likeliest ones; ``None``: give none.
+      prompt_logprobs: likewise of the prompt's tokens.
     """
 
     max_tokens: int = 128
+    min_tokens: int = 0
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
     seed: int = 0
-    stop_ids: tuple[int, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    n: int = 1
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self):
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens={self.max_tokens}: must be at least 1")
-        if not 0 <= self.temperature < float("inf"):
+        if not 0 <= self.min_tokens <= self.max_tokens:
+            raise ValueError(f"min_tokens={self.min_tokens}: must lie between 0 and max_tokens={self.max_tokens}")
+        if not 0 <= self.temperature < math.inf:
             raise ValueError(
                 f"temperature={self.temperature}: must be 0 (always the likeliest token) or more, often 0.8"
             )
@@ -46,8 +74,31 @@ class SamplingParams:
             raise ValueError(f"top_p={self.top_p}: must be above 0 and at most 1 (all tokens), often 0.95")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p={self.min_p}: must lie between 0 (all tokens) and 1, often 0.05")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -2 <= getattr(self, name) <= 2:
+                raise ValueError(f"{name}={getattr(self, name)}: must lie between -2 and 2; 0: none")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ValueError(f"repetition_penalty={self.repetition_penalty}: must be above 0; 1: none, often 1.1")
+        if len(self.logit_bias) > MAX_BIASES:
+            raise ValueError(f"logit_bias has {len(self.logit_bias)} entries: at most {MAX_BIASES} are allowed")
+        for token, bias in self.logit_bias.items():
+            if token < 0 or not -100 <= bias <= 100:
+                raise ValueError(f"logit_bias[{token}]={bias}: tokens are numbers from 0, biases lie in -100 .. 100")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed}: must lie between 0 and {2**32 - 1}")
+        if any(not text for text in self.stop):
+            raise ValueError("stop holds an empty string: every text would end at once")
+        if self.n < 1:
+            raise ValueError(f"n={self.n}: must be at least 1")
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= MAX_LOGPROBS:
+                raise ValueError(f"{name}={value}: must lie between 0 and {MAX_LOGPROBS}")
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether what was written before changes the logits."""
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
 
 
 @flax.struct.dataclass
@@ -74,11 +125,100 @@ class SamplingRows:
         )
 
 
+@flax.struct.dataclass
+class Penalties:
+    """What rows have written, and what that costs them.
+
+    Attributes:
+      written: how often each token was drawn.
+      seen: whether it is in the prompt or was drawn.
+      presence, frequency, repetition: see `SamplingParams`.
+    """
+
+    written: Int[Array, "rows vocab"]
+    seen: Bool[Array, "rows vocab"]
+    presence: Float[Array, " rows"]
+    frequency: Float[Array, " rows"]
+    repetition: Float[Array, " rows"]
+
+    def apply(self, logits: Float[Array, "rows vocab"]) -> Float[Array, "rows vocab"]:
+        """Logits after the penalties, in vLLM's order: repetition, frequency, presence."""
+        repetition = jnp.where(self.seen, self.repetition[:, None], 1.0)
+        logits = jnp.where(logits > 0, logits / repetition, logits * repetition)
+        logits = logits - self.frequency[:, None] * self.written
+        return logits - self.presence[:, None] * (self.written > 0)
+
+    def after(self, tokens: Int[Array, " rows"], drawn: Bool[Array, " rows"]) -> "Penalties":
+        """With ``tokens`` written in the rows that drew one."""
+        rows = jnp.arange(tokens.shape[0])
+        tokens = jnp.where(drawn, tokens, self.written.shape[1])  # out of range: dropped
+        return self.replace(
+            written=self.written.at[rows, tokens].add(1, mode="drop"),
+            seen=self.seen.at[rows, tokens].set(True, mode="drop"),
+        )
+
+
+@flax.struct.dataclass
+class Constraints:
+    """What rows may draw, apart from chance.
+
+    Attributes:
+      bias_token: tokens with a bias; a number beyond the vocabulary: none.
+      bias: added to their logits.
+      allowed: bit ``t % 32`` of word ``t // 32`` says whether token ``t`` may be drawn; ``None``: all may.
+    """
+
+    bias_token: Int[Array, "rows biases"]
+    bias: Float[Array, "rows biases"]
+    allowed: UInt32[Array, "rows words"] | None = None
+
+    def apply(self, logits: Float[Array, "rows vocab"]) -> Float[Array, "rows vocab"]:
+        """Logits with biases, -inf where a token may not be drawn."""
+        rows = jnp.arange(logits.shape[0])[:, None]
+        logits = logits.at[rows, self.bias_token].add(self.bias, mode="drop")
+        if self.allowed is None:
+            return logits
+        token = jnp.arange(logits.shape[1])
+        bits = self.allowed[:, token // 32] >> (token % 32).astype(jnp.uint32)
+        return jnp.where((bits & 1).astype(bool), logits, -jnp.inf)
+
+
+@flax.struct.dataclass
+class Logprobs:
+    """Log-probabilities under the model itself, before penalties, biases and temperature.
+
+    Attributes:
+      drawn: of the given token.
+      rank: how many tokens are likelier.
+      top: of the likeliest tokens, in order.
+      top_token: those tokens.
+    """
+
+    drawn: Float[Array, " rows"]
+    rank: Int[Array, " rows"]
+    top: Float[Array, "rows top"]
+    top_token: Int[Array, "rows top"]
+
+
+def logprobs(logits: Float[Array, "rows vocab"], tokens: Int[Array, " rows"], top: int) -> Logprobs:
+    """Those of ``tokens``, and of the ``top`` likeliest."""
+    logits = logits.astype(jnp.float32)
+    normalizer = jax.nn.logsumexp(logits, axis=-1)
+    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)
+    values, ids = jax.lax.top_k(logits, top) if top else (logits[:, :0], jnp.zeros((logits.shape[0], 0), jnp.int32))
+    return Logprobs(
+        drawn=chosen[:, 0] - normalizer,
+        rank=(logits > chosen).sum(axis=-1, dtype=jnp.int32),
+        top=values - normalizer[:, None],
+        top_token=ids.astype(jnp.int32),
+    )
+
+
 def sample(logits: Float[Array, "rows vocab"], rows: SamplingRows, number: Int[Array, " rows"]) -> Int[Array, " rows"]:
     """Chooses one token per row.
 
     Args:
-      logits: unnormalized log-probabilities, float32.
+      logits: unnormalized log-probabilities, float32, after `Penalties` and `Constraints`; -inf: never.
       rows: how to draw.
       number: how many tokens the row has drawn before: with its key, the only source of randomness.
     """

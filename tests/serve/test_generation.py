@@ -106,7 +106,7 @@ def test_stop_token_ends_its_row_only_and_is_left_out():
     assert stopped[0].finish_reason == "stop"
     assert len(stopped[0].tokens) == cut
     # Asked for by one request: the others run on.
-    own = [dataclasses.replace(GREEDY, stop_ids=(stop, 60, 59, 58, 57)), GREEDY, GREEDY, GREEDY]
+    own = [dataclasses.replace(GREEDY, stop_token_ids=(stop, 60, 59, 58, 57)), GREEDY, GREEDY, GREEDY]
     assert [c.tokens for c in _generator().generate(PROMPTS, own)][1:] == [f.tokens for f in free][1:]
     assert _generator().generate(PROMPTS, own)[0].finish_reason == "stop"
 

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ml.serve.sampling import SamplingParams, SamplingRows, _keep, sample
+from ml.serve.sampling import Constraints, Penalties, SamplingParams, SamplingRows, _keep, logprobs, sample
 
 LOGITS = np.log(np.array([0.05, 0.4, 0.1, 0.25, 0.2], np.float32))
 
@@ -109,6 +109,14 @@ def test_seed_and_number_both_change_the_draw():
         {"top_p": float("nan")},
         {"min_p": -0.1},
         {"min_p": 1.1},
+        {"min_tokens": -1},
+        {"min_tokens": 129},
+        {"presence_penalty": 2.1},
+        {"frequency_penalty": float("nan")},
+        {"repetition_penalty": 0.0},
+        {"n": 0},
+        {"logprobs": 21},
+        {"prompt_logprobs": -1},
         {"seed": -1},
         {"seed": 2**32},
     ],
@@ -117,3 +125,75 @@ def test_refuses_parameters_out_of_range(bad):
     (name,) = bad
     with pytest.raises(ValueError, match=f"^{name}="):
         SamplingParams(**bad)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"logit_bias": {-1: 0.0}}, r"logit_bias\[-1\]"),
+        ({"logit_bias": {3: 101.0}}, r"logit_bias\[3\]=101"),
+        ({"logit_bias": dict.fromkeys(range(301), 0.0)}, "301 entries"),
+        ({"stop": ("a", "")}, "empty string"),
+    ],
+)
+def test_refuses_biases_and_stops(bad, message):
+    with pytest.raises(ValueError, match=message):
+        SamplingParams(**bad)
+
+
+def _penalties(presence=0.0, frequency=0.0, repetition=1.0, written=(0, 0, 0, 0, 0), seen=(0, 0, 0, 0, 0)):
+    rows = [jnp.array([x], jnp.float32) for x in (presence, frequency, repetition)]
+    return Penalties(jnp.array([written], jnp.int32), jnp.array([seen], bool) | (jnp.array([written]) > 0), *rows)
+
+
+@pytest.mark.parametrize(
+    ("penalties", "expected"),
+    [
+        ({}, [1.0, -2.0, 3.0, 0.5, -1.0]),
+        ({"presence": 0.5, "written": (2, 0, 1, 0, 0)}, [0.5, -2.0, 2.5, 0.5, -1.0]),
+        ({"frequency": 0.5, "written": (2, 0, 1, 0, 0)}, [0.0, -2.0, 2.5, 0.5, -1.0]),
+        # The prompt counts for the repetition penalty alone; what is unlikely becomes more so.
+        ({"repetition": 2.0, "written": (1, 0, 0, 0, 0), "seen": (0, 1, 0, 0, 0)}, [0.5, -4.0, 3.0, 0.5, -1.0]),
+        ({"presence": 1.0, "frequency": 0.25, "repetition": 2.0, "written": (0, 0, 2, 0, 0)}, [1, -2, 0, 0.5, -1]),
+    ],
+)
+def test_penalties(penalties, expected):
+    logits = jnp.array([[1.0, -2.0, 3.0, 0.5, -1.0]])
+    np.testing.assert_allclose(_penalties(**penalties).apply(logits)[0], expected, atol=1e-6)
+
+
+def test_penalties_count_what_is_drawn():
+    penalties = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0), _penalties(presence=1.0))
+    once = penalties.after(jnp.array([3, 4]), jnp.array([True, False]))
+    after = once.after(jnp.array([3, 1]), jnp.array([True, True]))
+    assert after.written.tolist() == [[0, 0, 0, 2, 0], [0, 1, 0, 0, 0]]
+    assert after.seen.tolist() == [[False, False, False, True, False], [False, True, False, False, False]]
+
+
+def test_bias_and_allowed_tokens():
+    logits = jnp.zeros((2, 40))
+    bias_token, bias = jnp.array([[3, 40], [39, 0]]), jnp.array([[1.5, 9.0], [-2.0, 0.25]])
+    allowed = np.zeros((2, 2), np.uint32)
+    allowed[0, 0], allowed[1, 1] = 1 << 3 | 1 << 31, 1 << 7
+    biased = Constraints(bias_token, bias).apply(logits)
+    assert (biased[0, 3], biased[1, 39], biased[1, 0], biased.sum()) == (1.5, -2.0, 0.25, -0.25)
+    masked = np.asarray(Constraints(bias_token, bias, jnp.asarray(allowed)).apply(logits))
+    assert [np.flatnonzero(np.isfinite(row)).tolist() for row in masked] == [[3, 31], [39]]
+
+
+def test_a_forbidden_token_is_never_drawn():
+    logits = np.where(np.arange(5) == 1, -np.inf, LOGITS).astype(np.float32)
+    for params in (SamplingParams(), SamplingParams(top_p=0.9), SamplingParams(temperature=0.0)):
+        assert _draws(params, logits, count=500)[1] == 0
+
+
+def test_logprobs_are_those_of_the_model():
+    logits = np.random.default_rng(0).normal(size=(3, 11)).astype(np.float32)
+    expected = jax.nn.log_softmax(logits)
+    got = jax.jit(logprobs, static_argnums=2)(logits, jnp.array([4, 0, 10]), 3)
+    order = np.argsort(-logits, axis=-1)
+    np.testing.assert_allclose(got.drawn, np.asarray(expected)[range(3), [4, 0, 10]], atol=1e-6)
+    np.testing.assert_array_equal(got.top_token, order[:, :3])
+    np.testing.assert_allclose(got.top, np.take_along_axis(np.asarray(expected), order[:, :3], -1), atol=1e-6)
+    assert got.rank.tolist() == [order[r].tolist().index(t) for r, t in enumerate((4, 0, 10))]
+    assert logprobs(logits, jnp.array([0, 0, 0]), 0).top.shape == (3, 0)
