@@ -1,0 +1,1 @@
+"""What runs next, on which pages: the host's half of the engine, without JAX."""
