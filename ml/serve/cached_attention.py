@@ -85,7 +85,7 @@ class PagedAttention:
     ) -> tuple[jax.Array, PagedCache]:
         """See `ml.models.AttentionStrategy.attend`."""
         rows = _rows(query)
-        sequence, position = self._places(rows.shape[0])
+        sequence, position = self.places(rows.shape[0])
         where = slots(self.block_table, sequence, position, state.page_size)
         state = write(state, layer.index, _rows(key), _rows(value), where)
         attend: Callable[..., jax.Array] = paged_attention
@@ -106,7 +106,7 @@ class PagedAttention:
         )
         return out.reshape(query.shape), state
 
-    def _places(self, rows: int) -> tuple[Int[Array, " rows"], Int[Array, " rows"]]:
+    def places(self, rows: int) -> tuple[Int[Array, " rows"], Int[Array, " rows"]]:
         """Sequence and position of each row; the position of a row that is nobody's is -1."""
         if self.query_starts is None:
             return jnp.arange(rows), self.lengths - 1

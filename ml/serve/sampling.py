@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import flax.struct
 import jax
@@ -103,9 +104,9 @@ class SamplingParams:
 
 @flax.struct.dataclass
 class SamplingRows:
-    """The sampling parameters of a batch, one entry per row, on the device."""
+    """The sampling parameters of a batch, one entry per row."""
 
-    key: Key[Array, " rows"]
+    seed: UInt32[Array, " rows"]
     temperature: Float[Array, " rows"]
     top_k: Int[Array, " rows"]
     top_p: Float[Array, " rows"]
@@ -113,16 +114,23 @@ class SamplingRows:
 
     @classmethod
     def of(cls, requests: Sequence[SamplingParams]) -> "SamplingRows":
-        """Stacks ``requests``."""
-        seeds = jnp.asarray(np.array([r.seed for r in requests], np.uint32))
+        """Stacks ``requests``, on the host."""
+
+        def column(name: str, dtype: type) -> Any:
+            return np.array([getattr(request, name) for request in requests], dtype)
+
         return cls(
-            # Named, so that a process-wide choice of another generator does not change anyone's text.
-            key=jax.vmap(lambda seed: jax.random.key(seed, impl="threefry2x32"))(seeds),
-            temperature=jnp.array([r.temperature for r in requests], jnp.float32),
-            top_k=jnp.array([r.top_k for r in requests], jnp.int32),
-            top_p=jnp.array([r.top_p for r in requests], jnp.float32),
-            min_p=jnp.array([r.min_p for r in requests], jnp.float32),
+            seed=column("seed", np.uint32),
+            temperature=column("temperature", np.float32),
+            top_k=column("top_k", np.int32),
+            top_p=column("top_p", np.float32),
+            min_p=column("min_p", np.float32),
         )
+
+    @property
+    def key(self) -> Key[Array, " rows"]:
+        """Keys of the rows' generators; named, so that a process-wide choice of another changes no one's text."""
+        return jax.vmap(lambda seed: jax.random.key(seed, impl="threefry2x32"))(self.seed)
 
 
 @flax.struct.dataclass
