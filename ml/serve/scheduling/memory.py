@@ -41,9 +41,15 @@ class CacheMemory:
         found = self.cached(sequence) // self.page_size
         return sequence.page_hash(found, self.page_size) if found < self._reusable(sequence) else None
 
-    def computing(self, sequence: Sequence) -> int | None:
-        """Likewise, the page that a running sequence will publish next; ``None``: its prompt has no more."""
-        if sequence.published >= len(sequence.tokens) // self.page_size:
+    def computing(self, sequence: Sequence, limit: int | None = None) -> int | None:
+        """Likewise, the page that a running sequence will publish next; ``None``: none of its known tokens.
+
+        Args:
+          sequence: a running one.
+          limit: as for `publish`.
+        """
+        length = len(sequence.tokens) if limit is None else min(limit, len(sequence.tokens))
+        if sequence.published >= length // self.page_size:
             return None
         return sequence.page_hash(sequence.published, self.page_size)
 

@@ -168,7 +168,7 @@ class Scheduler:
     def _admit(self, draft: Draft) -> None:
         if not self._waiting or not self._slots or not draft.left:
             return
-        computing = {self.memory.computing(s) for s in self._running if s.uncomputed > 1}
+        computing = {self._computing(s) for s in self._running if s.uncomputed > 1}
         growth = sum(map(self._growth, self._running)) if self.config.reserve == "expected" else 0
         for sequence in list(self.policy.order(self._waiting, self.memory.cached, self.statistics.steps)):
             if not draft.left or not self._slots:
@@ -193,7 +193,7 @@ class Scheduler:
             copies = self.memory.prepare(sequence, length)
             self._start(sequence)
             growth += self._growth(sequence) if self.config.reserve == "expected" else 0
-            computing.add(self.memory.computing(sequence))
+            computing.add(self._computing(sequence))
             draft.add(sequence, chunk, copies)
 
     def _hand_out(self, draft: Draft) -> Step | None:
@@ -241,6 +241,9 @@ class Scheduler:
             return False
         page = self.memory.next_page(sequence)
         return page is not None and page in computing
+
+    def _computing(self, sequence: Sequence) -> int | None:
+        return self.memory.computing(sequence, self.policy.publishable(sequence))
 
     def _chunk(self, sequence: Sequence, left: int) -> int:
         if sequence.uncomputed <= left:

@@ -8,6 +8,7 @@ from model_device import VOCABULARY, ModelDevice, answer
 
 from ml.errors import UserError
 from ml.serve.scheduling.config import SchedulerConfig
+from ml.serve.scheduling.planner import Planned, plan
 from ml.serve.scheduling.policies import Fifo, LongestPrefix
 from ml.serve.scheduling.request import FinishReason, Request, Sequence, State
 from ml.serve.scheduling.scheduler import Scheduler
@@ -33,16 +34,16 @@ def random_config(rng: np.random.Generator) -> SchedulerConfig:
 class Fuzzer:
     """One scheduler, one device, and what is under way between them."""
 
-    def __init__(self, seed: int, config: SchedulerConfig | None = None, policy: Fifo | None = None):
+    def __init__(self, seed: int):
         self.rng = np.random.default_rng(seed)
-        self.config = config or random_config(self.rng)
-        policy = policy or (LongestPrefix(patience=20) if self.rng.integers(2) else Fifo())
-        self.scheduler = Scheduler(self.config, policy)
+        self.config = random_config(self.rng)
         self.device = ModelDevice(self.config.page_size)
         self.flying: collections.deque[tuple[Step, list[list[int]]]] = collections.deque()
         self.bases = [self.rng.integers(0, VOCABULARY, 40).tolist() for _ in range(3)]
         self.known: dict[Sequence, list[int]] = {}
-        self.count = 0
+        self.requests = [self.request(i) for i in range(400)]
+        self.scheduler = Scheduler(self.config, self.policy(planned=self.requests[:50]))
+        self.requests.reverse()
 
     def run(self, events: int) -> None:
         """Random events, then until nothing is left."""
@@ -77,15 +78,23 @@ class Fuzzer:
         assert not self.scheduler._requests and len(self.scheduler._slots) == self.config.max_running
         assert all(sequence.done for sequence in self.known)
 
-    def add(self) -> None:
-        """A request that shares its beginning with others."""
-        if len(self.scheduler.waiting) > 12:
-            return
+    def policy(self, planned: list[Request]) -> Fifo:
+        """Any; a plan knows some of the requests, in its own order of them."""
+        order = self.rng.permutation(len(planned))
+        return [
+            Fifo(),
+            LongestPrefix(patience=20),
+            Planned([planned[i] for i in order], plan([planned[i] for i in order], self.config.page_size)),
+            Planned(planned, plan(planned, self.config.page_size, levels=1)),
+        ][self.rng.integers(4)]
+
+    def request(self, number: int) -> Request:
+        """One that shares its beginning with others."""
         base = self.bases[self.rng.integers(3)]
         own = self.rng.integers(0, VOCABULARY, self.rng.integers(0, 6)).tolist()
         prompt = base[: self.rng.integers(0, 25)] + own or [0]
-        request = Request(
-            id=str(self.count),
+        return Request(
+            id=str(number),
             prompt=prompt,
             max_tokens=int(self.rng.integers(1, 14)),
             n=int(self.rng.choice([1, 1, 3])),
@@ -96,8 +105,13 @@ class Fuzzer:
             reuse_prefix=bool(self.rng.integers(8)),
             token_by_token=self.rng.integers(8) == 0,
         )
-        self.count += 1
-        size = len(prompt) + request.max_tokens - 1
+
+    def add(self) -> None:
+        """The next request."""
+        if len(self.scheduler.waiting) > 12 or not self.requests:
+            return
+        request = self.requests.pop()
+        size = len(request.tokens) + request.max_tokens - 1
         try:
             sequences = self.scheduler.add(request)
         except UserError:
