@@ -154,8 +154,11 @@ class Scheduler:
                 continue
             if sequence.pending and sequence.request.token_by_token:
                 continue
-            if self._make_room(sequence):
-                draft.add(sequence, 1, self.memory.prepare(sequence, sequence.computed + 1))
+            stop = sequence.computed + 1
+            if not self.memory.missing(sequence, stop):  # nearly always
+                draft.add(sequence, 1, [])
+            elif self._make_room(sequence):
+                draft.add(sequence, 1, self.memory.prepare(sequence, stop))
 
     def _continue_prompts(self, draft: Draft) -> None:
         for sequence in self._running[:]:

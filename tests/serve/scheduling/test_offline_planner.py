@@ -1,6 +1,7 @@
 """Plans, by what they promise and by what the scheduler then does."""
 
 import collections
+import dataclasses
 import itertools
 
 import numpy as np
@@ -8,9 +9,16 @@ import pytest
 from model_device import ModelDevice, answer
 
 from ml.errors import UserError
-from ml.serve.scheduling import Request, Scheduler, SchedulerConfig
-from ml.serve.scheduling.forecast import SCHEDULES, forecast, make_policy
-from ml.serve.scheduling.planner import Planned, plan
+from ml.serve.scheduling import (
+    SCHEDULES,
+    Planned,
+    Request,
+    Scheduler,
+    SchedulerConfig,
+    forecast,
+    make_policy,
+    plan,
+)
 
 
 def two_levels(seed: int = 0, documents: int = 6, sections: int = 4, questions: int = 5) -> list[Request]:
@@ -113,6 +121,12 @@ def test_samples_and_strangers_in_a_plan():
         step = scheduler.schedule()
         scheduler.on_sampled(step, device.run(step))
     assert all(s.output == answer(s.request, s.index) for s in samples)
+
+
+def test_a_prompt_is_kept_until_its_last_sample_has_ended():
+    requests = [Request("a", list(range(33)), 1, n=4)]
+    counts = forecast(requests, dataclasses.replace(CONFIG, max_running=1), Planned(requests, plan(requests, 8)))
+    assert counts.prefilled == 33 + 3 and counts.cached == 3 * 32
 
 
 def test_what_cannot_be_planned():

@@ -107,3 +107,10 @@ def test_a_single_child_takes_its_parents_place():
     root = build(letters("aaabbbb1", "aaabbbb2", "aaac1", "aaac2"), 1)
     enlarge_first_level(root)
     assert {(child.end, *sorted(child.members)) for child in root.children} == {(7, 0, 1), (4, 2, 3)}
+
+
+def test_enlargement_counts_prompts():
+    # "bb" is shorter than the "aaa" before it, but three prompts share it.
+    root = build(letters("aaabb1", "aaabb2", "aaabb3", "aaac", "aaad"), 1)
+    enlarge_first_level(root)
+    assert {(child.end, *sorted(child.members)) for child in root.children} == {(5, 0, 1, 2), (3, 3, 4)}
