@@ -113,6 +113,23 @@ def test_the_leaf_used_least_recently_goes_first_and_from_its_end():
     assert tree.evict(9) == 2 and tree.pool.free == 8 and not list(tree.nodes())
 
 
+def test_use_ends_with_the_release():
+    tree = PrefixTree(PagePool(8, 4))
+    first, second = Holder(tree, "a").publish(), Holder(tree, "b").publish()
+    second.release()
+    first.release()
+    assert tree.evict(1) == 1 and tree.peek("", keys_of("a")) == 1
+
+
+def test_candidates_for_eviction_do_not_pile_up():
+    tree = PrefixTree(PagePool(8, 4))
+    Holder(tree, "abc").publish().release()
+    for _ in range(1000):
+        Holder(tree, "abc").release()
+    assert len(tree._candidates) < 100
+    assert tree.evict(9) == 3
+
+
 def test_what_nobody_will_want_again_goes_at_once():
     tree = PrefixTree(PagePool(8, 4))
     first, second = Holder(tree, "abcd").publish(), Holder(tree, "abxy").publish()
