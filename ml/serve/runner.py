@@ -60,16 +60,16 @@ class _State:
 class _Batch:
     """A step as arrays; rows and tokens beyond those in use are padding."""
 
-    tokens: Int[Array, " tokens"]
-    query_starts: Int[Array, " rows+1"]
-    lengths: Int[Array, " rows"]
-    block_table: Int[Array, "rows pages_per_row"]
-    slot: Int[Array, " rows"]
-    samples: Int[Array, " rows"]
-    number: Int[Array, " rows"]
+    tokens: Int[Array | np.ndarray, " tokens"]
+    query_starts: Int[Array | np.ndarray, " rows+1"]
+    lengths: Int[Array | np.ndarray, " rows"]
+    block_table: Int[Array | np.ndarray, "rows pages_per_row"]
+    slot: Int[Array | np.ndarray, " rows"]
+    samples: Int[Array | np.ndarray, " rows"]
+    number: Int[Array | np.ndarray, " rows"]
     sampling: SamplingRows
     constraints: Constraints | None
-    penalties: tuple[Float[Array, " rows"], ...] | None
+    penalties: tuple[Float[Array | np.ndarray, " rows"], ...] | None
     plan: SharedPrefixPlan | None
 
 
@@ -134,11 +134,14 @@ class Runner:
         state, vocab = self._state, self._model.config.vocab_size
         if state.written is None:
             shape = (self.config.max_running, vocab)
-            state = state.replace(written=jnp.zeros(shape, jnp.int32), seen=jnp.zeros(shape, bool))
+            state = dataclasses.replace(state, written=jnp.zeros(shape, jnp.int32), seen=jnp.zeros(shape, bool))
         seen = np.zeros(vocab, bool)
         seen[np.asarray(tokens, int)] = True
         written = np.bincount(np.asarray(tokens[prompt:], int), minlength=vocab).astype(np.int32)
-        self._state = state.replace(written=state.written.at[slot].set(written), seen=state.seen.at[slot].set(seen))
+        before: Any = state
+        self._state = dataclasses.replace(
+            state, written=before.written.at[slot].set(written), seen=before.seen.at[slot].set(seen)
+        )
 
     def run(self, step: Step, plan: Callable[..., SharedPrefixPlan | None] | None = None) -> Results:
         """Sends a step to the device and does not wait for it.
@@ -148,12 +151,13 @@ class Runner:
           plan: gives what the rows share, from block tables, lengths and query starts (``None``: one row each).
         """
         if step.copies:
-            self._state = self._state.replace(cache=_copy(self._state.cache, *self._copies(step)))
+            cache = _copy(self._state.cache, *self._copies(step))
+            self._state = dataclasses.replace(self._state, cache=cache)
         decode = all(row.fed == 1 for row in step.rows)
         batch = self._batch(step, decode)
         if plan is not None:
             starts = None if decode else batch.query_starts
-            batch = batch.replace(plan=plan(batch.block_table, batch.lengths, starts, len(batch.tokens)))
+            batch = dataclasses.replace(batch, plan=plan(batch.block_table, batch.lengths, starts, len(batch.tokens)))
         wanted = [self._of_slot[row.slot].logprobs for row in step.rows if row.samples]
         top = max((n for n in wanted if n is not None), default=None)
         static = _Static(
@@ -267,14 +271,14 @@ def _pass(model, static, params, state, batch, tokens, lengths, starts, numbers,
     drawn = sample(logits, batch.sampling, numbers)
     given = None if static.top is None else logprobs(raw, drawn, static.top)
     slot = jnp.where(active, batch.slot, state.last.shape[0])
-    state = state.replace(cache=out[1], last=state.last.at[slot].set(drawn, mode="drop"))
+    state = dataclasses.replace(state, cache=out[1], last=state.last.at[slot].set(drawn, mode="drop"))
     if penalties is not None:
         after = penalties.after(drawn, active)
         written, seen = (
             x.at[slot].set(y, mode="drop")
             for x, y in zip((state.written, state.seen), (after.written, after.seen), strict=True)
         )
-        state = state.replace(written=written, seen=seen)
+        state = dataclasses.replace(state, written=written, seen=seen)
     return state, drawn, given
 
 

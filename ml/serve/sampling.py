@@ -160,7 +160,8 @@ class Penalties:
         """With ``tokens`` written in the rows that drew one."""
         rows = jnp.arange(tokens.shape[0])
         tokens = jnp.where(drawn, tokens, self.written.shape[1])  # out of range: dropped
-        return self.replace(
+        return dataclasses.replace(
+            self,
             written=self.written.at[rows, tokens].add(1, mode="drop"),
             seen=self.seen.at[rows, tokens].set(True, mode="drop"),
         )
@@ -176,9 +177,9 @@ class Constraints:
       allowed: bit ``t % 32`` of word ``t // 32`` says whether token ``t`` may be drawn; ``None``: all may.
     """
 
-    bias_token: Int[Array, "rows biases"]
-    bias: Float[Array, "rows biases"]
-    allowed: UInt32[Array, "rows words"] | None = None
+    bias_token: Int[Array | np.ndarray, "rows biases"]
+    bias: Float[Array | np.ndarray, "rows biases"]
+    allowed: UInt32[Array | np.ndarray, "rows words"] | None = None
 
     def apply(self, logits: Float[Array, "rows vocab"]) -> Float[Array, "rows vocab"]:
         """Logits with biases, -inf where a token may not be drawn."""

@@ -1,7 +1,8 @@
-"""The engine's greedy text is that of the whole forward pass, whatever runs beside it, is cached, shared or preempted."""
+"""The engine's greedy text is that of the whole forward, whatever runs beside it, is cached, shared or preempted."""
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import numpy as np
@@ -68,9 +69,7 @@ def _prompts(count=24, seed=0):
     """Prompts of 1 to 40 tokens; most begin as one of three prefixes do."""
     rng = np.random.default_rng(seed)
     prefixes = [rng.integers(0, 61, n).tolist() for n in (0, 9, 21)]
-    return [
-        tuple(prefixes[rng.integers(3)] + rng.integers(0, 61, rng.integers(1, 20)).tolist()) for _ in range(count)
-    ]
+    return [tuple(prefixes[rng.integers(3)] + rng.integers(0, 61, rng.integers(1, 20)).tolist()) for _ in range(count)]
 
 
 def _requests(count, seed=1):
@@ -193,7 +192,7 @@ def test_tokens_are_reported_as_they_come():
         prompts, SamplingParams(max_tokens=9, temperature=0.0), lambda i, new: seen[i].append(new)
     )
     for i in range(2):
-        assert sum(seen[i], []) == completions[i][0].tokens
+        assert list(itertools.chain(*seen[i])) == completions[i][0].tokens
         assert len(seen[i]) > 2
 
 
