@@ -215,10 +215,12 @@ def _gradients(rows, k, v, intervals, first, scale, softcap) -> _Sums:
     dweights = _dot("bhgqd,bhkd->bhgqk", dout, v)
     dlogits = weights * (dweights - delta[..., None]) * scale
     dlogits = (dlogits if slope is None else dlogits * slope).astype(k.dtype)
+    # Held back from being fused into the transpositions that two of the products want, one exponential at a time.
+    weights, dlogits = jax.lax.optimization_barrier((weights.astype(dout.dtype), dlogits))
     return (
         _dot("bhgqk,bhkd->bhgqd", dlogits, k),
         _dot("bhgqk,bhgqd->bhkd", dlogits, q),
-        _dot("bhgqk,bhgqd->bhkd", weights.astype(dout.dtype), dout),
+        _dot("bhgqk,bhgqd->bhkd", weights, dout),
     )
 
 
