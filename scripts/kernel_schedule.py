@@ -9,8 +9,8 @@ import app
 from absl import flags
 
 _USAGE = """
-Compiles the cases of all kernels (pallas_kernels/*/cases.py) for absent chips. TPU: the static schedule, units' shares in
-the hot loop, spills, VMEM. H200: registers, spills, shared memory, wgmma and TMA instructions. Nothing is run or timed.
+Compiles the cases of all kernels (pallas_kernels/*/cases.py) for absent chips. TPU: the static schedule, units' shares
+in the hot loop, spills, VMEM. H200: registers, spills, shared memory, wgmma and TMA instructions. Nothing is run.
 
   python scripts/kernel_schedule.py --chips=v5e,v6e,v5p
   python scripts/kernel_schedule.py --chips=h200      # in an environment that can compile for it: make env-cuda
