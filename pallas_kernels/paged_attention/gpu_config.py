@@ -1,0 +1,131 @@
+"""How the Mosaic GPU core is cut: blocks of tokens, stages, warpgroups, workers; and what of it fits in shared memory."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+from pallas_kernels.paged_attention.cache import QUANTIZED, PagedCache
+from pallas_kernels.paged_attention.segments import ordered_block
+
+ROWS = 64  # of a warpgroup's tile: wgmma's M
+SMEM_BYTES = 232_448  # that one block may have on Hopper
+_ALIGN = 1024  # Mosaic starts every buffer at a multiple
+_BLOCKS = (32, 64, 128, 256)
+
+
+@dataclasses.dataclass(frozen=True)
+class GpuConfig:
+    """How the work of one call is cut.
+
+    Attributes:
+      block: tokens of a stage of segments of few rows. Each warpgroup takes an equal part of them.
+      stages: blocks of keys, and as many of values, on their way at a time.
+      wide_block: tokens of a stage of segments of many rows. All warpgroups take all of them, each for 64 rows of its own.
+        Ordered calls take this one for all segments.
+      wide_stages: its stages.
+      warpgroups: that compute, 1 or 2, beside one that loads.
+      workers: blocks of the launch, which stay for the whole call: as many as the chip holds at a time.
+      least: blocks of work that are worth a worker of their own.
+    """
+
+    block: int = 128
+    stages: int = 2
+    wide_block: int = 128
+    wide_stages: int = 2
+    warpgroups: int = 2
+    workers: int = 132
+    least: int = 4
+
+    def __post_init__(self):
+        for name in ("block", "wide_block"):
+            if getattr(self, name) not in _BLOCKS:
+                raise ValueError(f"GpuConfig.{name}={getattr(self, name)}; allowed are {_BLOCKS}")
+        if self.warpgroups not in (1, 2):
+            raise ValueError(f"GpuConfig.warpgroups={self.warpgroups}; allowed are 1 and 2")
+        if self.block // self.warpgroups < 32:
+            raise ValueError(f"GpuConfig.block={self.block} leaves a warpgroup {self.block // self.warpgroups}; least is 32")
+        for name in ("stages", "wide_stages"):
+            if getattr(self, name) < 2:
+                raise ValueError(f"GpuConfig.{name}={getattr(self, name)}; must be at least 2")
+        for name in ("workers", "least"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"GpuConfig.{name}={getattr(self, name)}; must be at least 1")
+
+    def check(self, cache: PagedCache, *, ordered: bool) -> None:
+        """Raises a `ValueError` where this cannot serve such a cache."""
+        page_size, _, head_dim = cache.key.shape[2:]
+        for name, split in (("", True), ("wide_", False)):
+            block, stages = getattr(self, f"{name}block"), getattr(self, f"{name}stages")
+            part = block // self.warpgroups if split else block
+            if part % page_size and page_size % part:
+                raise ValueError(
+                    f"GpuConfig.{name}block={block} gives a warpgroup {part} tokens, which neither divides nor is a "
+                    f"multiple of page_size={page_size}"
+                )
+            size = smem_bytes(block, stages, self.warpgroups, head_dim, cache.quantized, split=split)
+            if size > SMEM_BYTES:
+                raise ValueError(
+                    f"GpuConfig.{name}block={block}, {name}stages={stages} takes {size} bytes of shared memory at "
+                    f"head_dim={head_dim}; {SMEM_BYTES} are there"
+                )
+        if ordered and ordered_block(page_size) % self.wide_block:
+            raise ValueError(
+                f"GpuConfig.wide_block={self.wide_block} must divide {ordered_block(page_size)}, the tokens between places "
+                f"where ordered attention may be cut at page_size={page_size}"
+            )
+
+
+def smem_bytes(block: int, stages: int, warpgroups: int, head_dim: int, quantized: bool, *, split: bool) -> int:
+    """Shared memory of one block of the launch, from above."""
+    wide = 1 if split else warpgroups
+    part = block // warpgroups if split else block
+    width = 1 if quantized else 2
+    buffers = [
+        wide * ROWS * head_dim * 2,  # queries
+        *[stages * block * head_dim * width] * 2,  # keys, values
+        warpgroups * ROWS * part * 2,  # probabilities
+    ]
+    if split:
+        buffers.append(warpgroups * ROWS * min(head_dim, 64) * 4)  # output on its way out
+    buffers.append(warpgroups * ROWS * 4)  # its log-sum-exp
+    if quantized:
+        buffers += [*[block * head_dim * 2] * 2, *[stages * block * 4] * 2]  # widened keys and values; scales
+    return sum(-(-x // _ALIGN) * _ALIGN for x in buffers) + 2 * _ALIGN  # barriers, scratch of reductions
+
+
+def heuristic(head_dim: int, page_size: int, quantized: bool, *, workers: int = 132) -> GpuConfig:
+    """The largest blocks, and then the most stages, that fit."""
+
+    def fit(split: bool) -> tuple[int, int]:
+        for block in (128, 64):
+            part = block // 2 if split else block
+            if part % page_size and page_size % part:
+                continue
+            for stages in (4, 3, 2):
+                if smem_bytes(block, stages, 2, head_dim, quantized, split=split) <= SMEM_BYTES:
+                    # A key block and accumulators of 128 columns leave no register beside a head of more than 128.
+                    if not split and block > 64 and head_dim > 128:
+                        continue
+                    return block, stages
+        raise ValueError(f"no block fits in shared memory at head_dim={head_dim}, page_size={page_size}")
+
+    (block, stages), (wide_block, wide_stages) = fit(True), fit(False)
+    return GpuConfig(block, stages, wide_block, wide_stages, workers=workers)
+
+
+def why_not(query: Any, cache: PagedCache, *, decode: bool) -> str | None:
+    """Why this case cannot be done here, or ``None``."""
+    del decode
+    page_size, kv_heads, head_dim = cache.key.shape[2:]
+    if query.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"query has dtype {query.dtype.name}; the kernel takes bfloat16 and float16"
+    if cache.key.dtype != query.dtype and cache.key.dtype.name not in QUANTIZED:
+        return f"cache.key has dtype {cache.key.dtype.name}; the kernel takes the query's {query.dtype.name}, or {', '.join(QUANTIZED)}"
+    if head_dim % 64 or head_dim > 256:
+        return f"query has head_dim {head_dim}; the kernel takes 64, 128, 192 and 256"
+    if page_size not in (16, 32, 64, 128):
+        return f"cache has page_size {page_size}; the kernel takes 16, 32, 64 and 128"
+    if query.shape[1] // kv_heads > ROWS:
+        return f"query has {query.shape[1] // kv_heads} heads per kv head; the kernel takes {ROWS} at most"
+    return None

@@ -1,0 +1,388 @@
+"""The Mosaic GPU kernel of paged attention: one warpgroup loads pages by TMA, the others multiply by wgmma.
+
+Every warpgroup that computes holds 64 rows, (query row, head of the group) pairs that share a kv head. In a *split* launch,
+for segments of few rows, the warpgroups have the same rows and share out a stage's tokens, each with a softmax of its own:
+such work waits for memory, and padding rows to 64 costs nothing but idle tensor cores. In a *wide* launch each has rows of
+its own and sees all tokens of a stage.
+
+Who waits for whom (the interpreter's race detector does not see a missing wait before a wgmma reads):
+
+- ``loaded[slot]`` completes when all bytes of a stage's pages are in shared memory; TMA writes and wgmma reads are of the
+  same (asynchronous) proxy, so that the wait alone orders them. Keys and values have a barrier each.
+- ``free[slot]`` takes one arrival per warpgroup, after the read of an accumulator has waited for every wgmma (or, of a
+  quantized stage, every load) that reads the stage. The loader waits for it before it overwrites the stage, but not the first
+  time round. The same holds for the queries' buffer, which all warpgroups give back after a piece's last keys.
+- What a warpgroup itself writes for wgmma (probabilities, widened or cleaned keys and values) passes the generic proxy:
+  `commit_smem` fences it and joins the warpgroup's warps. A later overwrite of it follows the accumulator's read, which waited.
+- In a wide quantized launch each warpgroup widens its share of a stage for all. ``both`` joins them after the keys and after
+  the values; the next keys' buffer is overwritten after the join that follows the last multiplication with it, and so are values.
+- A page's slack is cleaned by each warpgroup for itself. In a wide launch two do it to the same bytes with the same zeros,
+  each before its own multiplication: no value that is read depends on which was first.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.paged_attention.gpu_config import ROWS
+from pallas_kernels.paged_attention.gpu_work import OVERHEAD, Column, Work
+
+_LOG2E = math.log2(math.e)
+LOW = -1e30  # a peak of nothing: finite, so that differences are; far below any logit
+_WGMMA = plgpu.Layout.WGMMA
+_ROW, _COLUMN = _WGMMA.reduce(1), _WGMMA.reduce(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is known when the kernel is built."""
+
+    split: bool
+    ordered: bool
+    block: int
+    stages: int
+    warpgroups: int
+    workers: int
+    group: int
+    kv_heads: int
+    head_dim: int
+    page_size: int
+    table_width: int
+    dtype: Any
+    kept: Any  # type of the cache
+    scale: float
+    softcap: float | None
+    windowed: bool
+    rows: int  # of a warpgroup's tile that are loaded and stored, a multiple of 8
+    gathered_scales: bool = False
+
+    @property
+    def part(self) -> int:
+        """Tokens of a stage that one warpgroup multiplies."""
+        return self.block // self.warpgroups if self.split else self.block
+
+    @property
+    def parts(self) -> int:
+        """Parts of a stage."""
+        return self.block // self.part
+
+    @property
+    def sheets(self) -> int:
+        """Warpgroup tiles of rows."""
+        return 1 if self.split else self.warpgroups
+
+    @property
+    def quantized(self) -> bool:
+        return self.kept != self.dtype
+
+    @property
+    def copy(self) -> int:
+        """Tokens of one TMA."""
+        return min(self.page_size, self.part)
+
+    @property
+    def columns(self) -> list[slice]:
+        """The head in pieces that an accumulator holds."""
+        step = 64 if self.head_dim == 192 else min(self.head_dim, 128)
+        return [slice(i, i + step) for i in range(0, self.head_dim, step)]
+
+
+def tiled(width: int, dtype: Any) -> tuple:
+    """The transforms of a buffer of rows of ``width`` that wgmma and TMA share."""
+    bits = jnp.dtype(dtype).itemsize * 8
+    swizzle = plgpu.find_swizzle(width * bits)
+    return (plgpu.TilingTransform((8, 8 * swizzle // bits)), plgpu.SwizzleTransform(swizzle))
+
+
+def attention(plan: Plan, work: Work, operands: dict[str, Any], *, interpret: Any) -> Any:
+    """Runs the kernel; see `_kernel` for operands and results."""
+    w, d, t = plan.warpgroups, plan.head_dim, plan.dtype
+    # The last place is work.place's bound and those of all workers.
+    places = work.place.size if plan.ordered else work.place.size + plan.workers
+    out_type = {
+        "out": jax.ShapeDtypeStruct((places, w, plan.rows, d), jnp.float32),
+        "lse": jax.ShapeDtypeStruct((places, w, plan.rows), jnp.float32),
+    }
+    if plan.ordered:
+        out_type["peak"] = jax.ShapeDtypeStruct((places, w, plan.rows), jnp.float32)
+    pages = plan.block // plan.copy
+    scratch = {
+        "q_s": plgpu.SMEM((plan.sheets, ROWS, d), t, transforms=tiled(d, t)),
+        "k_s": plgpu.SMEM((plan.stages, plan.parts, plan.part, d), plan.kept, transforms=tiled(d, plan.kept)),
+        "v_s": plgpu.SMEM((plan.stages, plan.parts, plan.part, d), plan.kept, transforms=tiled(d, plan.kept)),
+        "p_s": plgpu.SMEM((w, ROWS, plan.part), t, transforms=tiled(plan.part, t)),
+        "q_loaded": plgpu.Barrier(num_arrivals=plan.sheets),
+        "q_free": plgpu.Barrier(num_arrivals=w),
+        "k_loaded": plgpu.Barrier(num_arrivals=pages, num_barriers=plan.stages),
+        "v_loaded": plgpu.Barrier(num_arrivals=pages, num_barriers=plan.stages),
+        "k_free": plgpu.Barrier(num_arrivals=w, num_barriers=plan.stages),
+        "v_free": plgpu.Barrier(num_arrivals=w, num_barriers=plan.stages),
+    }
+    if plan.split:
+        scratch["o_s"] = plgpu.SMEM((w, ROWS, 64), jnp.float32)
+    scratch["lse_s"] = plgpu.SMEM((w, ROWS), jnp.float32)
+    names = (*operands, *out_type)
+
+    def body(*refs: Any, **buffers: Any) -> None:
+        _kernel(plan, {**dict(zip(names, refs, strict=True)), **buffers})
+
+    options: dict[str, Any] = {} if interpret is None else {"interpret": interpret}
+    result = plgpu.kernel(
+        body,
+        out_type=tuple(out_type.values()),
+        scratch_types=scratch,
+        grid=(plan.workers,),
+        grid_names=("worker",),
+        num_threads=w + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        **options,
+    )(*operands.values())
+    return dict(zip(out_type, result, strict=True))
+
+
+def _kernel(plan: Plan, r: dict[str, Any]) -> None:
+    """One worker.
+
+    ``r`` holds references: ``query [units, sheets, rows, head_dim]``, ``position [tiles, sheets, ROWS]``, ``key`` and ``value
+    [layers * pages, page_size, kv_heads, head_dim]``, ``layer_pages`` (pages before the layer), ``table``, the `Work`'s
+    ``tiles``, ``spans`` and ``limits``, of an ordered call ``carry_* [units, sheets, ROWS, ...]``, the results ``out``, ``lse``
+    (log2; of an ordered call the weight) and ``peak``, and the buffers.
+    """
+    worker = lax.axis_index("worker")
+    warpgroup = lax.axis_index("warpgroup")
+    first, last = r["spans"][worker, 0], r["spans"][worker, 1]
+    nothing = jnp.int32(0)
+
+    @pl.when(warpgroup == plan.warpgroups)
+    def _load():
+        if plan.warpgroups == 2:
+            plgpu.set_max_registers(40, action="decrease")
+        step = lambda unit, seen: _load_piece(plan, r, worker, unit, seen)
+        pieces, blocks = lax.fori_loop(first, last, step, (nothing, nothing))
+
+        # Barriers end with every phase observed.
+        @pl.when(pieces > 0)
+        def _():
+            plgpu.barrier_wait(r["q_free"])
+
+        for slot in range(plan.stages):
+
+            @pl.when(blocks > slot)
+            def _(slot=slot):
+                plgpu.barrier_wait(r["k_free"].at[slot])
+                plgpu.barrier_wait(r["v_free"].at[slot])
+
+    @pl.when(warpgroup < plan.warpgroups)
+    def _compute():
+        if plan.warpgroups == 2:
+            plgpu.set_max_registers(232, action="increase")
+        lax.fori_loop(first, last, lambda unit, seen: _add_piece(plan, r, worker, warpgroup, unit, seen), nothing)
+        if plan.split:
+            plgpu.wait_smem_to_gmem(0)
+
+
+def _piece(plan: Plan, r: dict[str, Any], worker: Any, unit: Any) -> tuple[Any, Any, Any, Any]:
+    """The tile and the head of a unit, and this worker's blocks of it, begin and end, counted from token 0."""
+    tile, head = lax.div(unit, jnp.int32(plan.kv_heads)), lax.rem(unit, jnp.int32(plan.kv_heads))
+    at = lambda column: r["tiles"][tile, column]
+    block, blocks = at(Column.BLOCK), at(Column.BLOCKS)
+    if plan.ordered:
+        return tile, head, block, block + blocks
+    per, cost = r["limits"][0], at(Column.COST)
+    begin = worker * per - at(Column.START) - head * cost
+    first = jnp.clip(begin - OVERHEAD, 0, blocks)
+    last = jnp.clip(begin + per - OVERHEAD, 0, blocks)
+    return tile, head, block + first, block + last
+
+
+def _load_piece(plan: Plan, r: dict[str, Any], worker: Any, unit: Any, seen: Any) -> Any:
+    """Fetches the queries and pages of one piece; ``seen``: pieces and blocks so far."""
+    tile, head, begin, end = _piece(plan, r, worker, unit)
+    at = lambda column: r["tiles"][tile, column]
+    row = at(Column.TABLE_ROW)
+    size = jnp.int32(plan.page_size)
+    first_page, last_page = lax.div(at(Column.BEGIN), size), lax.div(at(Column.END) - 1, size)
+    base = r["layer_pages"][0]
+
+    @pl.when(begin < end)
+    def _queries():
+        @pl.when(seen[0] > 0)
+        def _():
+            plgpu.barrier_wait(r["q_free"])
+
+        # Rows that are not loaded hold anything: they stay in their own rows, which are not stored.
+        for sheet in range(plan.sheets):
+            to = r["q_s"].at[sheet, pl.ds(0, plan.rows)]
+            plgpu.copy_gmem_to_smem(r["query"].at[unit, sheet], to, r["q_loaded"])
+
+    def fetch(block: Any, done: Any) -> Any:
+        slot = lax.rem(done, jnp.int32(plan.stages))
+        token = block * plan.block
+        places = []
+        for i in range(0, plan.block, plan.copy):
+            # Entries beyond the segment's tokens may be garbage: another page of it stands in, and the mask hides it.
+            page = jnp.clip(lax.div(token + i, size), first_page, last_page)
+            places.append((i, base + r["table"][row, page]))
+        for name in ("k", "v"):
+
+            @pl.when(done >= plan.stages)
+            def _(name=name):
+                plgpu.barrier_wait(r[f"{name}_free"].at[slot])
+
+            source = r["key" if name == "k" else "value"]
+            for i, page in places:
+                within = pl.ds(i % plan.page_size, plan.copy)
+                to = pl.ds(i % plan.part, plan.copy)
+                plgpu.copy_gmem_to_smem(
+                    source.at[page, within, head],
+                    r[f"{name}_s"].at[slot, i // plan.part, to],
+                    r[f"{name}_loaded"].at[slot],
+                )
+        return done + 1
+
+    done = lax.fori_loop(begin, end, fetch, seen[1])
+    return seen[0] + (begin < end).astype(jnp.int32), done
+
+
+def _add_piece(plan: Plan, r: dict[str, Any], worker: Any, warpgroup: Any, unit: Any, done: Any) -> Any:
+    """Adds up one piece and stores it; ``done``: blocks so far."""
+    tile, head, begin, end = _piece(plan, r, worker, unit)
+    place = unit if plan.ordered else unit + worker
+
+    @pl.when(begin < end)
+    def _():
+        at = lambda column: r["tiles"][tile, column]
+        sheet = jnp.int32(0) if plan.split else warpgroup
+        position = plgpu.load(r["position"].at[tile, sheet], layout=_ROW, optimized=False)
+        low = jnp.maximum(position - r["limits"][1] + 1, at(Column.BEGIN)) if plan.windowed else at(Column.BEGIN)
+        high = jnp.minimum(position + 1, at(Column.END))
+        if plan.ordered:
+            state = _carried(plan, r, unit, sheet)
+        else:
+            fill = lambda shape, x, layout: plgpu.layout_cast(jnp.full(shape, x, jnp.float32), layout)
+            total = tuple(fill((ROWS, c.stop - c.start), 0.0, _WGMMA) for c in plan.columns)
+            state = (total, fill((ROWS,), LOW, _ROW), fill((ROWS,), 0.0, _ROW))
+        plgpu.barrier_wait(r["q_loaded"])
+        step = lambda block, state: _add_block(plan, r, warpgroup, tile, low, high, block, done + block - begin, state)
+        state = lax.fori_loop(begin, end, step, state)
+        plgpu.barrier_arrive(r["q_free"])
+        _store(plan, r, warpgroup, place, state)
+
+    return done + end - begin
+
+
+def _add_block(plan, r, warpgroup, tile, low, high, block, done, state):
+    """One step of the online softmax."""
+    total, peak, weight = state
+    slot = lax.rem(done, jnp.int32(plan.stages))
+    part = warpgroup if plan.split else jnp.int32(0)
+    sheet = jnp.int32(0) if plan.split else warpgroup
+    token = block * plan.block + part * plan.part
+    full = (token >= r["tiles"][tile, Column.FULL_BEGIN]) & (token + plan.part <= r["tiles"][tile, Column.FULL_END])
+
+    plgpu.barrier_wait(r["k_loaded"].at[slot])
+
+    def multiply(acc):
+        plgpu.wgmma(acc, r["q_s"].at[sheet], _transposed(r["k_s"].at[slot, part]))
+        return acc[...]
+
+    logits = pl.run_scoped(multiply, plgpu.ACC((ROWS, plan.part), jnp.float32))
+    plgpu.barrier_arrive(r["k_free"].at[slot])
+    if plan.softcap is None:
+        logits = logits * (plan.scale * _LOG2E)
+    else:
+        logits = jnp.tanh(logits * (plan.scale / plan.softcap)) * (plan.softcap * _LOG2E)
+
+    def masked(logits):
+        at = plgpu.broadcasted_iota(jnp.int32, logits.shape, 1, layout=_WGMMA) + token
+        seen = at < lax.broadcast_in_dim(high, logits.shape, [0])
+        if plan.windowed:
+            seen &= at >= lax.broadcast_in_dim(low, logits.shape, [0])
+        else:
+            seen &= at >= low
+        return jnp.where(seen, logits, -jnp.inf)
+
+    logits = lax.cond(full, lambda x: x, masked, logits)
+    highest = jnp.maximum(peak, logits.max(axis=1))
+    decay = jnp.exp2(peak - highest)
+    p = jnp.exp2(logits - lax.broadcast_in_dim(highest, logits.shape, [0]))
+    weight = weight * decay + p.sum(axis=1)
+    r["p_s"][warpgroup] = p.astype(plan.dtype)
+    plgpu.commit_smem()
+    plgpu.barrier_wait(r["v_loaded"].at[slot])
+    end = r["tiles"][tile, Column.END]
+
+    @pl.when(token + plan.part > end)
+    def _clean():  # 0 * NaN is NaN, and the slack of a page may hold any
+        step = min(plan.part, 64)
+        for i in range(0, plan.part, step):
+            for c in range(0, plan.head_dim, 64):
+                piece = (slot, part, pl.ds(i, step), pl.ds(c, 64))
+                at = plgpu.broadcasted_iota(jnp.int32, (step, 64), 0, layout=_WGMMA) + (token + i)
+                value = plgpu.load(r["v_s"].at[piece], layout=_WGMMA)
+                r["v_s"][piece] = jnp.where(at < end, value, jnp.zeros_like(value))
+        plgpu.commit_smem()
+
+    added = []
+    for columns, old in zip(plan.columns, total, strict=True):
+
+        def weigh(acc, columns=columns):
+            plgpu.wgmma(acc, r["p_s"].at[warpgroup], r["v_s"].at[slot, part, :, columns])
+            return acc[...]
+
+        new = pl.run_scoped(weigh, plgpu.ACC((ROWS, columns.stop - columns.start), jnp.float32))
+        added.append(old * lax.broadcast_in_dim(decay, old.shape, [0]) + new)
+    plgpu.barrier_arrive(r["v_free"].at[slot])
+    return tuple(added), highest, weight
+
+
+def _store(plan: Plan, r: dict[str, Any], warpgroup: Any, place: Any, state: Any) -> None:
+    """Stores a piece's result: normalized and its log-sum-exp, or as it is where ordered."""
+    total, peak, weight = state
+    seen = weight > 0
+    if plan.ordered:
+        r["peak"][place, warpgroup] = jnp.where(seen, peak, -jnp.inf)
+        r["lse"][place, warpgroup] = weight
+    else:
+        safe = jnp.where(seen, weight, 1.0)
+        lse = jnp.where(seen, peak + jnp.log(safe) * _LOG2E, -jnp.inf)
+        inverse = 1.0 / safe
+        total = [x * lax.broadcast_in_dim(inverse, x.shape, [0]) for x in total]
+        if not plan.split:
+            r["lse"][place, warpgroup] = lse
+    if not plan.split:
+        for columns, x in zip(plan.columns, total, strict=True):
+            r["out"][place, warpgroup, :, columns] = x
+        return
+    # Few rows: through shared memory, so that no more than those are stored. The buffer's last store was read out before.
+    rows = pl.ds(0, plan.rows)
+    for columns, x in zip(plan.columns, total, strict=True):
+        for i in range(0, x.shape[1], 64):
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            r["o_s"][warpgroup] = x[:, i : i + 64]
+            if columns.start == i == 0:
+                r["lse_s"][warpgroup] = lse
+            plgpu.commit_smem()
+            to = r["out"].at[place, warpgroup, rows, pl.ds(columns.start + i, 64)]
+            plgpu.copy_smem_to_gmem(r["o_s"].at[warpgroup, rows], to)
+            if columns.start == i == 0:
+                plgpu.copy_smem_to_gmem(r["lse_s"].at[warpgroup, rows], r["lse"].at[place, warpgroup, rows])
+
+
+def _carried(plan: Plan, r: dict[str, Any], unit: Any, sheet: Any) -> Any:
+    load = lambda ref, layout: plgpu.load(ref, layout=layout, optimized=False)
+    total = tuple(load(r["carry_total"].at[unit, sheet, :, c], _WGMMA) for c in plan.columns)
+    peak = load(r["carry_peak"].at[unit, sheet], _ROW)
+    return total, jnp.maximum(peak, LOW), load(r["carry_weight"].at[unit, sheet], _ROW)
+
+
+def _transposed(ref: Any) -> Any:
+    # JAX 0.10 has a function for it.
+    return ref.transpose((1, 0)) if hasattr(plgpu, "InterpretGPUParams") else plgpu.transpose_ref(ref, (1, 0))
