@@ -45,7 +45,6 @@ def attend(
     group = heads // kv_heads
     config = heuristic(head_dim, page_size, cache.quantized) if config is None else config
     config.check(cache, ordered=ordered)
-    most = ROWS * config.warpgroups  # rows of the largest tile: what is read beyond an array's rows
     common = {
         # Merging the outer axes is a change of shape alone, and TMA has five axes at most.
         "key": cache.key.reshape(layers * pages, page_size, kv_heads, head_dim),
@@ -53,8 +52,18 @@ def attend(
         "layer_pages": (jnp.asarray(layer, jnp.int32) * pages).reshape(1),
         "table": block_table,
     }
+    # TMA writes shared memory in runs of 128 bytes: 32 scales. Those of smaller pages are laid side by side first.
+    gathered = cache.quantized and page_size < 32
+    if gathered:
+        longest = max(config.block, config.wide_block)
+        lay = functools.partial(_scales, layer=layer, block_table=block_table, multiple=longest)
+        common |= {"key_scale": lay(cache.key_scale), "value_scale": lay(cache.value_scale)}
+    elif cache.quantized:
+        flat = (layers * pages, kv_heads, page_size)
+        common |= {"key_scale": cache.key_scale.reshape(flat), "value_scale": cache.value_scale.reshape(flat)}
+
     def launch(split: bool, chosen: Any, tiles: int, tile_rows: int, rows: int) -> tuple[Work, dict[str, Any]]:
-        block = config.block if split else config.wide_block
+        block, stages, warpgroups = config.shape(wide=not split)
         cut = Cut(
             rows=tile_rows,
             tiles=tiles,
@@ -63,7 +72,7 @@ def attend(
             workers=config.workers,
             least=config.least,
             whole=ordered,
-            always=split and config.warpgroups > 1,
+            always=split and warpgroups > 1,
             single=split,
         )
         work = work_list(segments, chosen, position, window, cut)
@@ -71,8 +80,8 @@ def attend(
             split=split,
             ordered=ordered,
             block=block,
-            stages=config.stages if split else config.wide_stages,
-            warpgroups=config.warpgroups,
+            stages=stages,
+            warpgroups=warpgroups,
             workers=config.workers,
             group=group,
             kv_heads=kv_heads,
@@ -85,14 +94,15 @@ def attend(
             softcap=softcap,
             windowed=window is not None,
             rows=rows,
+            gathered_scales=gathered,
         )
-        sheets = 1 if split else config.warpgroups
+        sheets = 1 if split else warpgroups
         laid = functools.partial(_laid, rows=tile_rows, kv_heads=kv_heads, sheets=sheets)
-        at = jnp.repeat(position.astype(jnp.int32)[:, None], heads, axis=1)
+        at = jnp.repeat(position.astype(jnp.int32)[:, None], group, axis=1)
         operands = {
             **common,
             "query": laid(query, work.query, lanes=rows),
-            "position": laid(at, work.query, lanes=ROWS)[::kv_heads],
+            "position": laid(at, work.query, lanes=ROWS, kv_heads=1),
             "tiles": work.tiles,
             "spans": work.spans,
             "limits": work.limits,
@@ -111,7 +121,7 @@ def attend(
         return work, result
 
     count = segments.query_count
-    wide_rows = most // group
+    wide_rows = ROWS * config.wide_warpgroups // group
     # Rows of the output are of one segment at most, which bounds the number of full tiles.
     wide_tiles = lambda segments_of_many: outputs // wide_rows + segments_of_many
     place = _Place.of(segments, outputs)
@@ -151,6 +161,13 @@ def _laid(x, first, *, rows, kv_heads, sheets, lanes):
     x = jnp.moveaxis(x.reshape(tiles, rows, kv_heads, -1, *rest), 2, 1).reshape(tiles * kv_heads, -1, *rest)
     x = jnp.pad(x, ((0, 0), (0, sheets * lanes - x.shape[1]), *[(0, 0)] * len(rest)))
     return x.reshape(tiles * kv_heads, sheets, lanes, *rest)
+
+
+def _scales(scales, *, layer, block_table, multiple):
+    """One layer's scales ``[sequences, kv_heads, tokens]``, in the order of the sequences' tokens."""
+    x = scales[layer, jnp.clip(block_table, 0, scales.shape[1] - 1)]
+    x = jnp.moveaxis(x, 2, 1).reshape(x.shape[0], x.shape[2], -1)
+    return jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % multiple)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pallas_kernels.paged_attention.segments import ordered_block
 ROWS = 64  # of a warpgroup's tile: wgmma's M
 SMEM_BYTES = 232_448  # that one block may have on Hopper
 _ALIGN = 1024  # Mosaic starts every buffer at a multiple
-_BLOCKS = (32, 64, 128, 256)
+_BLOCKS = (64, 128, 256)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,51 +19,58 @@ class GpuConfig:
     """How the work of one call is cut.
 
     Attributes:
-      block: tokens of a stage of segments of few rows. Each warpgroup takes an equal part of them.
+      block: tokens of a stage of segments of few rows. Each warpgroup takes an equal part of them, at least 64.
       stages: blocks of keys, and as many of values, on their way at a time.
+      warpgroups: that compute, 1 or 2, beside one that loads.
       wide_block: tokens of a stage of segments of many rows. All warpgroups take all of them, each for 64 rows of its own.
         Ordered calls take this one for all segments.
-      wide_stages: its stages.
-      warpgroups: that compute, 1 or 2, beside one that loads.
+      wide_stages, wide_warpgroups: likewise.
       workers: blocks of the launch, which stay for the whole call: as many as the chip holds at a time.
       least: blocks of work that are worth a worker of their own.
     """
 
     block: int = 128
     stages: int = 2
+    warpgroups: int = 2
     wide_block: int = 128
     wide_stages: int = 2
-    warpgroups: int = 2
+    wide_warpgroups: int = 2
     workers: int = 132
     least: int = 4
 
     def __post_init__(self):
-        for name in ("block", "wide_block"):
-            if getattr(self, name) not in _BLOCKS:
-                raise ValueError(f"GpuConfig.{name}={getattr(self, name)}; allowed are {_BLOCKS}")
-        if self.warpgroups not in (1, 2):
-            raise ValueError(f"GpuConfig.warpgroups={self.warpgroups}; allowed are 1 and 2")
-        if self.block // self.warpgroups < 32:
-            raise ValueError(f"GpuConfig.block={self.block} leaves a warpgroup {self.block // self.warpgroups}; least is 32")
-        for name in ("stages", "wide_stages"):
-            if getattr(self, name) < 2:
-                raise ValueError(f"GpuConfig.{name}={getattr(self, name)}; must be at least 2")
+        for name in ("", "wide_"):
+            block, stages, warpgroups = self.shape(wide=bool(name))
+            if warpgroups not in (1, 2):
+                raise ValueError(f"GpuConfig.{name}warpgroups={warpgroups}; allowed are 1 and 2")
+            if block not in _BLOCKS:
+                raise ValueError(f"GpuConfig.{name}block={block}; allowed are {_BLOCKS}")
+            if stages < 2:
+                raise ValueError(f"GpuConfig.{name}stages={stages}; must be at least 2")
+        if self.block // self.warpgroups < 64:
+            raise ValueError(f"GpuConfig.block={self.block}; must give each of {self.warpgroups} warpgroups 64 tokens or more")
         for name in ("workers", "least"):
             if getattr(self, name) < 1:
                 raise ValueError(f"GpuConfig.{name}={getattr(self, name)}; must be at least 1")
 
+    def shape(self, *, wide: bool) -> tuple[int, int, int]:
+        """Block, stages and warpgroups of a launch."""
+        if wide:
+            return self.wide_block, self.wide_stages, self.wide_warpgroups
+        return self.block, self.stages, self.warpgroups
+
     def check(self, cache: PagedCache, *, ordered: bool) -> None:
         """Raises a `ValueError` where this cannot serve such a cache."""
         page_size, _, head_dim = cache.key.shape[2:]
-        for name, split in (("", True), ("wide_", False)):
-            block, stages = getattr(self, f"{name}block"), getattr(self, f"{name}stages")
-            part = block // self.warpgroups if split else block
+        for name in ("", "wide_"):
+            block, stages, warpgroups = self.shape(wide=bool(name))
+            part = block if name else block // warpgroups
             if part % page_size and page_size % part:
                 raise ValueError(
                     f"GpuConfig.{name}block={block} gives a warpgroup {part} tokens, which neither divides nor is a "
                     f"multiple of page_size={page_size}"
                 )
-            size = smem_bytes(block, stages, self.warpgroups, head_dim, cache.quantized, split=split)
+            size = smem_bytes(block, stages, warpgroups, head_dim, cache.quantized, wide=bool(name))
             if size > SMEM_BYTES:
                 raise ValueError(
                     f"GpuConfig.{name}block={block}, {name}stages={stages} takes {size} bytes of shared memory at "
@@ -76,17 +83,16 @@ class GpuConfig:
             )
 
 
-def smem_bytes(block: int, stages: int, warpgroups: int, head_dim: int, quantized: bool, *, split: bool) -> int:
-    """Shared memory of one block of the launch, from above."""
-    wide = 1 if split else warpgroups
-    part = block // warpgroups if split else block
+def smem_bytes(block: int, stages: int, warpgroups: int, head_dim: int, quantized: bool, *, wide: bool) -> int:
+    """Shared memory of one block of a launch, from above."""
+    part = block if wide else block // warpgroups
     width = 1 if quantized else 2
     buffers = [
-        wide * ROWS * head_dim * 2,  # queries
+        (warpgroups if wide else 1) * ROWS * head_dim * 2,  # queries
         *[stages * block * head_dim * width] * 2,  # keys, values
         warpgroups * ROWS * part * 2,  # probabilities
     ]
-    if split:
+    if not wide:
         buffers.append(warpgroups * ROWS * min(head_dim, 64) * 4)  # output on its way out
     buffers.append(warpgroups * ROWS * 4)  # its log-sum-exp
     if quantized:
@@ -97,21 +103,15 @@ def smem_bytes(block: int, stages: int, warpgroups: int, head_dim: int, quantize
 def heuristic(head_dim: int, page_size: int, quantized: bool, *, workers: int = 132) -> GpuConfig:
     """The largest blocks, and then the most stages, that fit."""
 
-    def fit(split: bool) -> tuple[int, int]:
-        for block in (128, 64):
-            part = block // 2 if split else block
-            if part % page_size and page_size % part:
-                continue
+    def fit(wide: bool) -> tuple[int, int, int]:
+        # Logits of 128 tokens and accumulators of 128 columns leave no register for a head of more than 128.
+        for block, warpgroups in ((128, 2), (64, 2 if wide else 1)) if head_dim <= 128 else ((64, 2 if wide else 1),):
             for stages in (4, 3, 2):
-                if smem_bytes(block, stages, 2, head_dim, quantized, split=split) <= SMEM_BYTES:
-                    # A key block and accumulators of 128 columns leave no register beside a head of more than 128.
-                    if not split and block > 64 and head_dim > 128:
-                        continue
-                    return block, stages
+                if smem_bytes(block, stages, warpgroups, head_dim, quantized, wide=wide) <= SMEM_BYTES:
+                    return block, stages, warpgroups
         raise ValueError(f"no block fits in shared memory at head_dim={head_dim}, page_size={page_size}")
 
-    (block, stages), (wide_block, wide_stages) = fit(True), fit(False)
-    return GpuConfig(block, stages, wide_block, wide_stages, workers=workers)
+    return GpuConfig(*fit(False), *fit(True), workers=workers)
 
 
 def why_not(query: Any, cache: PagedCache, *, decode: bool) -> str | None:

@@ -37,6 +37,9 @@ _LOG2E = math.log2(math.e)
 LOW = -1e30  # a peak of nothing: finite, so that differences are; far below any logit
 _WGMMA = plgpu.Layout.WGMMA
 _ROW, _COLUMN = _WGMMA.reduce(1), _WGMMA.reduce(0)
+# As `Layout.WGMMA`, but of tiles of 32 rows: 8 rows of 4 lanes to a warp, with 2 or 8 columns to a lane.
+_PAIRS = plgpu.Layout.TILED(plgpu.Tiling(((32, 8), (8, 8), (2,))), (-5,), (-3, -2), -1)
+_OCTETS = plgpu.Layout.TILED(plgpu.Tiling(((32, 32), (8, 32), (8,))), (-5,), (-3, -2), -1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +127,14 @@ def attention(plan: Plan, work: Work, operands: dict[str, Any], *, interpret: An
         "k_free": plgpu.Barrier(num_arrivals=w, num_barriers=plan.stages),
         "v_free": plgpu.Barrier(num_arrivals=w, num_barriers=plan.stages),
     }
+    if plan.quantized:
+        arrivals = pages + (plan.parts if plan.gathered_scales else pages)
+        for name in ("k", "v"):
+            scratch[f"{name}_loaded"] = plgpu.Barrier(num_arrivals=arrivals, num_barriers=plan.stages)
+            scratch[f"{name}_scale_s"] = plgpu.SMEM((plan.stages, plan.parts, plan.part), jnp.float32)
+            scratch[f"{name}_wide_s"] = plgpu.SMEM((plan.parts, plan.part, d), t, transforms=tiled(d, t))
+        if not plan.split and w > 1:
+            scratch["both"] = plgpu.Barrier(num_arrivals=w)
     if plan.split:
         scratch["o_s"] = plgpu.SMEM((w, ROWS, 64), jnp.float32)
     scratch["lse_s"] = plgpu.SMEM((w, ROWS), jnp.float32)
@@ -245,10 +256,25 @@ def _load_piece(plan: Plan, r: dict[str, Any], worker: Any, unit: Any, seen: Any
                     r[f"{name}_s"].at[slot, i // plan.part, to],
                     r[f"{name}_loaded"].at[slot],
                 )
+            if plan.quantized:
+                _load_scales(plan, r, name, slot, row, head, token, places)
         return done + 1
 
     done = lax.fori_loop(begin, end, fetch, seen[1])
     return seen[0] + (begin < end).astype(jnp.int32), done
+
+
+def _load_scales(plan, r, name, slot, row, head, token, places):
+    source, loaded = r["key_scale" if name == "k" else "value_scale"], r[f"{name}_loaded"].at[slot]
+    if plan.gathered_scales:
+        for part in range(plan.parts):
+            at = pl.ds(token + part * plan.part, plan.part)
+            plgpu.copy_gmem_to_smem(source.at[row, head, at], r[f"{name}_scale_s"].at[slot, part], loaded)
+        return
+    for i, page in places:
+        at = pl.ds(i % plan.page_size, plan.copy)
+        to = r[f"{name}_scale_s"].at[slot, i // plan.part, pl.ds(i % plan.part, plan.copy)]
+        plgpu.copy_gmem_to_smem(source.at[page, head, at], to, loaded)
 
 
 def _add_piece(plan: Plan, r: dict[str, Any], worker: Any, warpgroup: Any, unit: Any, done: Any) -> Any:
@@ -260,7 +286,7 @@ def _add_piece(plan: Plan, r: dict[str, Any], worker: Any, warpgroup: Any, unit:
     def _():
         at = lambda column: r["tiles"][tile, column]
         sheet = jnp.int32(0) if plan.split else warpgroup
-        position = plgpu.load(r["position"].at[tile, sheet], layout=_ROW, optimized=False)
+        position = _load(r["position"].at[tile, sheet], _ROW)
         low = jnp.maximum(position - r["limits"][1] + 1, at(Column.BEGIN)) if plan.windowed else at(Column.BEGIN)
         high = jnp.minimum(position + 1, at(Column.END))
         if plan.ordered:
@@ -288,12 +314,16 @@ def _add_block(plan, r, warpgroup, tile, low, high, block, done, state):
     full = (token >= r["tiles"][tile, Column.FULL_BEGIN]) & (token + plan.part <= r["tiles"][tile, Column.FULL_END])
 
     plgpu.barrier_wait(r["k_loaded"].at[slot])
+    keys = _operand(plan, r, "k", slot, warpgroup, part, token, None)
 
     def multiply(acc):
-        plgpu.wgmma(acc, r["q_s"].at[sheet], _transposed(r["k_s"].at[slot, part]))
+        plgpu.wgmma(acc, r["q_s"].at[sheet], _transposed(keys))
         return acc[...]
 
     logits = pl.run_scoped(multiply, plgpu.ACC((ROWS, plan.part), jnp.float32))
+    if plan.quantized:
+        scale = _load(r["k_scale_s"].at[slot, part], _COLUMN)
+        logits = logits * lax.broadcast_in_dim(scale, logits.shape, [1])
     plgpu.barrier_arrive(r["k_free"].at[slot])
     if plan.softcap is None:
         logits = logits * (plan.scale * _LOG2E)
@@ -314,33 +344,68 @@ def _add_block(plan, r, warpgroup, tile, low, high, block, done, state):
     decay = jnp.exp2(peak - highest)
     p = jnp.exp2(logits - lax.broadcast_in_dim(highest, logits.shape, [0]))
     weight = weight * decay + p.sum(axis=1)
-    r["p_s"][warpgroup] = p.astype(plan.dtype)
-    plgpu.commit_smem()
     plgpu.barrier_wait(r["v_loaded"].at[slot])
-    end = r["tiles"][tile, Column.END]
-
-    @pl.when(token + plan.part > end)
-    def _clean():  # 0 * NaN is NaN, and the slack of a page may hold any
-        step = min(plan.part, 64)
-        for i in range(0, plan.part, step):
-            for c in range(0, plan.head_dim, 64):
-                piece = (slot, part, pl.ds(i, step), pl.ds(c, 64))
-                at = plgpu.broadcasted_iota(jnp.int32, (step, 64), 0, layout=_WGMMA) + (token + i)
-                value = plgpu.load(r["v_s"].at[piece], layout=_WGMMA)
-                r["v_s"][piece] = jnp.where(at < end, value, jnp.zeros_like(value))
-        plgpu.commit_smem()
+    if plan.quantized:
+        scale = _load(r["v_scale_s"].at[slot, part], _COLUMN)
+        # The scale of a token that is not seen may be NaN.
+        p = jnp.where(p > 0, p * lax.broadcast_in_dim(scale, p.shape, [1]), 0.0)
+    r["p_s"][warpgroup] = p.astype(plan.dtype)
+    values = _operand(plan, r, "v", slot, warpgroup, part, token, r["tiles"][tile, Column.END])
+    plgpu.commit_smem()
 
     added = []
     for columns, old in zip(plan.columns, total, strict=True):
 
         def weigh(acc, columns=columns):
-            plgpu.wgmma(acc, r["p_s"].at[warpgroup], r["v_s"].at[slot, part, :, columns])
+            plgpu.wgmma(acc, r["p_s"].at[warpgroup], values.at[:, columns])
             return acc[...]
 
         new = pl.run_scoped(weigh, plgpu.ACC((ROWS, columns.stop - columns.start), jnp.float32))
         added.append(old * lax.broadcast_in_dim(decay, old.shape, [0]) + new)
     plgpu.barrier_arrive(r["v_free"].at[slot])
     return tuple(added), highest, weight
+
+
+def _operand(plan, r, name, slot, warpgroup, part, token, end):
+    """A part of a stage as wgmma reads it; tokens from ``end`` on are made 0 (``None``: left alone)."""
+    if not plan.quantized:
+        ref = r[f"{name}_s"].at[slot, part]
+        _clean(plan, ref, 0, plan.part, token, end)
+        return ref
+    wide = r[f"{name}_wide_s"].at[part]
+    share = plan.part if plan.split else plan.part // plan.warpgroups
+    first = 0 if plan.split else pl.multiple_of(warpgroup * share, share)
+    step, width = 32, 128 if plan.head_dim % 128 == 0 else 64
+    for i in range(0, share, step):
+        for c in range(0, plan.head_dim, width):
+            rows = pl.ds(first + i, step)
+            narrow = _load(r[f"{name}_s"].at[slot, part, rows, pl.ds(c, width)], _OCTETS)
+            if plan.kept != jnp.int8:  # Hopper converts float8 to float16 only
+                narrow = narrow.astype(jnp.float16).astype(jnp.float32)
+            wide[rows, pl.ds(c, width)] = narrow.astype(plan.dtype)
+    _clean(plan, wide, first, share, token, end)
+    plgpu.commit_smem()
+    if not plan.split and plan.warpgroups > 1:
+        plgpu.barrier_arrive(r["both"])
+        plgpu.barrier_wait(r["both"])
+    return wide
+
+
+def _clean(plan, ref, first, size, token, end):
+    """Makes rows of tokens from ``end`` on 0: 0 * NaN is NaN, and the slack of a page may hold any."""
+    if end is None:
+        return
+
+    @pl.when(token + first + size > end)
+    def _():
+        step = 32
+        for i in range(0, size, step):
+            for c in range(0, plan.head_dim, 64):
+                piece = ref.at[pl.ds(first + i, step), pl.ds(c, 64)]
+                at = plgpu.broadcasted_iota(jnp.int32, (step, 64), 0, layout=_PAIRS) + (token + first + i)
+                value = _load(piece, _PAIRS)
+                piece[...] = jnp.where(at < end, value, jnp.zeros_like(value))
+        plgpu.commit_smem()
 
 
 def _store(plan: Plan, r: dict[str, Any], warpgroup: Any, place: Any, state: Any) -> None:
@@ -377,10 +442,16 @@ def _store(plan: Plan, r: dict[str, Any], warpgroup: Any, place: Any, state: Any
 
 
 def _carried(plan: Plan, r: dict[str, Any], unit: Any, sheet: Any) -> Any:
-    load = lambda ref, layout: plgpu.load(ref, layout=layout, optimized=False)
-    total = tuple(load(r["carry_total"].at[unit, sheet, :, c], _WGMMA) for c in plan.columns)
-    peak = load(r["carry_peak"].at[unit, sheet], _ROW)
-    return total, jnp.maximum(peak, LOW), load(r["carry_weight"].at[unit, sheet], _ROW)
+    total = tuple(_load(r["carry_total"].at[unit, sheet, :, c], _WGMMA) for c in plan.columns)
+    peak = _load(r["carry_peak"].at[unit, sheet], _ROW)
+    return total, jnp.maximum(peak, LOW), _load(r["carry_weight"].at[unit, sheet], _ROW)
+
+
+def _load(ref: Any, layout: Any) -> Any:
+    """The array that a reference refers to, laid out over the warpgroup's registers."""
+    # JAX 0.10 wants an index of its own.
+    index = () if hasattr(plgpu, "InterpretGPUParams") else ((),)
+    return plgpu.load(ref, *index, layout=layout, optimized=False)
 
 
 def _transposed(ref: Any) -> Any:
