@@ -95,6 +95,7 @@ def attend(
             windowed=window is not None,
             rows=rows,
             gathered_scales=gathered,
+            in_place=head_dim > 128 and interpret is None,
         )
         sheets = 1 if split else warpgroups
         laid = functools.partial(_laid, rows=tile_rows, kv_heads=kv_heads, sheets=sheets)

@@ -104,8 +104,10 @@ def heuristic(head_dim: int, page_size: int, quantized: bool, *, workers: int = 
     """The largest blocks, and then the most stages, that fit."""
 
     def fit(wide: bool) -> tuple[int, int, int]:
-        # Logits of 128 tokens and accumulators of 128 columns leave no register for a head of more than 128.
-        for block, warpgroups in ((128, 2), (64, 2 if wide else 1)) if head_dim <= 128 else ((64, 2 if wide else 1),):
+        # Logits of 128 tokens leave too few registers for a head of more than 128, and for the scales of many tokens.
+        small = head_dim > 128 or (wide and quantized)
+        for block in (64,) if small else (128, 64):
+            warpgroups = 2 if wide or block > 64 else 1
             for stages in (4, 3, 2):
                 if smem_bytes(block, stages, warpgroups, head_dim, quantized, wide=wide) <= SMEM_BYTES:
                     return block, stages, warpgroups

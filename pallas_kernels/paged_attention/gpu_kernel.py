@@ -63,7 +63,10 @@ class Plan:
     softcap: float | None
     windowed: bool
     rows: int  # of a warpgroup's tile that are loaded and stored, a multiple of 8
-    gathered_scales: bool = False
+    gathered_scales: bool
+    # Add products to sums within wgmma, which saves registers that heads of more than 128 need. The interpreter cannot.
+    # A product of zeros leaves a sum's bits either way.
+    in_place: bool
 
     @property
     def part(self) -> int:
@@ -285,7 +288,7 @@ def _add_piece(plan: Plan, r: dict[str, Any], worker: Any, warpgroup: Any, unit:
     @pl.when(begin < end)
     def _():
         at = lambda column: r["tiles"][tile, column]
-        sheet = jnp.int32(0) if plan.split else warpgroup
+        sheet = 0 if plan.split else warpgroup
         position = _load(r["position"].at[tile, sheet], _ROW)
         low = jnp.maximum(position - r["limits"][1] + 1, at(Column.BEGIN)) if plan.windowed else at(Column.BEGIN)
         high = jnp.minimum(position + 1, at(Column.END))
@@ -296,7 +299,8 @@ def _add_piece(plan: Plan, r: dict[str, Any], worker: Any, warpgroup: Any, unit:
             total = tuple(fill((ROWS, c.stop - c.start), 0.0, _WGMMA) for c in plan.columns)
             state = (total, fill((ROWS,), LOW, _ROW), fill((ROWS,), 0.0, _ROW))
         plgpu.barrier_wait(r["q_loaded"])
-        step = lambda block, state: _add_block(plan, r, warpgroup, tile, low, high, block, done + block - begin, state)
+        seen = (low, high, *(at(c) for c in (Column.BEGIN, Column.END, Column.FULL_BEGIN, Column.FULL_END)))
+        step = lambda block, state: _add_block(plan, r, warpgroup, seen, block, done + block - begin, state)
         state = lax.fori_loop(begin, end, step, state)
         plgpu.barrier_arrive(r["q_free"])
         _store(plan, r, warpgroup, place, state)
@@ -304,17 +308,20 @@ def _add_piece(plan: Plan, r: dict[str, Any], worker: Any, warpgroup: Any, unit:
     return done + end - begin
 
 
-def _add_block(plan, r, warpgroup, tile, low, high, block, done, state):
-    """One step of the online softmax."""
+def _add_block(plan, r, warpgroup, seen, block, done, state):
+    """One step of the online softmax; ``seen``: of each row the tokens that it sees, and of all rows."""
     total, peak, weight = state
+    low, high, begin, end, full_begin, full_end = seen
+    if plan.quantized or plan.head_dim > 128:  # addresses that follow from this alone would be computed before the loop, and held throughout
+        warpgroup = lax.optimization_barrier(warpgroup)
     slot = lax.rem(done, jnp.int32(plan.stages))
-    part = warpgroup if plan.split else jnp.int32(0)
-    sheet = jnp.int32(0) if plan.split else warpgroup
+    part = warpgroup if plan.split else warpgroup * 0  # an array: `run_state` takes no constants
+    sheet = 0 if plan.split else warpgroup
     token = block * plan.block + part * plan.part
-    full = (token >= r["tiles"][tile, Column.FULL_BEGIN]) & (token + plan.part <= r["tiles"][tile, Column.FULL_END])
+    full = (token >= full_begin) & (token + plan.part <= full_end)
 
     plgpu.barrier_wait(r["k_loaded"].at[slot])
-    keys = _operand(plan, r, "k", slot, warpgroup, part, token, None)
+    keys = _operand(plan, r, "k", slot, warpgroup, part)
 
     def multiply(acc):
         plgpu.wgmma(acc, r["q_s"].at[sheet], _transposed(keys))
@@ -332,12 +339,9 @@ def _add_block(plan, r, warpgroup, tile, low, high, block, done, state):
 
     def masked(logits):
         at = plgpu.broadcasted_iota(jnp.int32, logits.shape, 1, layout=_WGMMA) + token
-        seen = at < lax.broadcast_in_dim(high, logits.shape, [0])
-        if plan.windowed:
-            seen &= at >= lax.broadcast_in_dim(low, logits.shape, [0])
-        else:
-            seen &= at >= low
-        return jnp.where(seen, logits, -jnp.inf)
+        visible = at < lax.broadcast_in_dim(high, logits.shape, [0])
+        visible &= at >= (lax.broadcast_in_dim(low, logits.shape, [0]) if plan.windowed else low)
+        return jnp.where(visible, logits, -jnp.inf)
 
     logits = lax.cond(full, lambda x: x, masked, logits)
     highest = jnp.maximum(peak, logits.max(axis=1))
@@ -350,40 +354,46 @@ def _add_block(plan, r, warpgroup, tile, low, high, block, done, state):
         # The scale of a token that is not seen may be NaN.
         p = jnp.where(p > 0, p * lax.broadcast_in_dim(scale, p.shape, [1]), 0.0)
     r["p_s"][warpgroup] = p.astype(plan.dtype)
-    values = _operand(plan, r, "v", slot, warpgroup, part, token, r["tiles"][tile, Column.END])
+    values = _operand(plan, r, "v", slot, warpgroup, part, (token, begin, end))
     plgpu.commit_smem()
 
     added = []
     for columns, old in zip(plan.columns, total, strict=True):
-
-        def weigh(acc, columns=columns):
-            plgpu.wgmma(acc, r["p_s"].at[warpgroup], values.at[:, columns])
-            return acc[...]
-
-        new = pl.run_scoped(weigh, plgpu.ACC((ROWS, columns.stop - columns.start), jnp.float32))
-        added.append(old * lax.broadcast_in_dim(decay, old.shape, [0]) + new)
+        multiply = lambda acc, columns=columns: plgpu.wgmma(acc, r["p_s"].at[warpgroup], values.at[:, columns])
+        old = old * lax.broadcast_in_dim(decay, old.shape, [0])
+        if plan.in_place:
+            added.append(pl.run_state(multiply)(plgpu.ACC.init(old)))
+        else:
+            new = pl.run_scoped(lambda acc, add=multiply: (add(acc), acc[...])[1], plgpu.ACC(old.shape, jnp.float32))
+            added.append(old + new)
     plgpu.barrier_arrive(r["v_free"].at[slot])
     return tuple(added), highest, weight
 
 
-def _operand(plan, r, name, slot, warpgroup, part, token, end):
-    """A part of a stage as wgmma reads it; tokens from ``end`` on are made 0 (``None``: left alone)."""
+def _operand(plan, r, name, slot, warpgroup, part, keep=None):
+    """A part of a stage as wgmma reads it.
+
+    ``keep``: the first token in it, and the segment's begin and end: what lies outside is made 0.
+    """
     if not plan.quantized:
         ref = r[f"{name}_s"].at[slot, part]
-        _clean(plan, ref, 0, plan.part, token, end)
+        _clean(plan, ref, 0, plan.part, keep)
         return ref
     wide = r[f"{name}_wide_s"].at[part]
     share = plan.part if plan.split else plan.part // plan.warpgroups
     first = 0 if plan.split else pl.multiple_of(warpgroup * share, share)
     step, width = 32, 128 if plan.head_dim % 128 == 0 else 64
-    for i in range(0, share, step):
+
+    def widen(i, _):  # a loop, not unrolled: its addresses would take registers
         for c in range(0, plan.head_dim, width):
-            rows = pl.ds(first + i, step)
-            narrow = _load(r[f"{name}_s"].at[slot, part, rows, pl.ds(c, width)], _OCTETS)
+            at = (pl.ds(pl.multiple_of(first + i * step, step), step), pl.ds(c, width))
+            narrow = _load(r[f"{name}_s"].at[(slot, part, *at)], _OCTETS)
             if plan.kept != jnp.int8:  # Hopper converts float8 to float16 only
                 narrow = narrow.astype(jnp.float16).astype(jnp.float32)
-            wide[rows, pl.ds(c, width)] = narrow.astype(plan.dtype)
-    _clean(plan, wide, first, share, token, end)
+            wide[at] = narrow.astype(plan.dtype)
+
+    lax.fori_loop(0, share // step, widen, None)
+    _clean(plan, wide, first, share, keep)
     plgpu.commit_smem()
     if not plan.split and plan.warpgroups > 1:
         plgpu.barrier_arrive(r["both"])
@@ -391,20 +401,25 @@ def _operand(plan, r, name, slot, warpgroup, part, token, end):
     return wide
 
 
-def _clean(plan, ref, first, size, token, end):
-    """Makes rows of tokens from ``end`` on 0: 0 * NaN is NaN, and the slack of a page may hold any."""
-    if end is None:
+def _clean(plan, ref, first, size, keep):
+    """Makes rows of tokens outside of the segment 0: 0 * NaN is NaN, and the slack of a page may hold any."""
+    if keep is None:
         return
+    token, begin, end = keep
 
-    @pl.when(token + first + size > end)
+    @pl.when((token + first < begin) | (token + first + size > end))
     def _():
         step = 32
-        for i in range(0, size, step):
+
+        def zero(i, _):
+            row = pl.multiple_of(first + i * step, step)
+            at = plgpu.broadcasted_iota(jnp.int32, (step, 64), 0, layout=_PAIRS) + (token + row)
             for c in range(0, plan.head_dim, 64):
-                piece = ref.at[pl.ds(first + i, step), pl.ds(c, 64)]
-                at = plgpu.broadcasted_iota(jnp.int32, (step, 64), 0, layout=_PAIRS) + (token + first + i)
+                piece = ref.at[pl.ds(row, step), pl.ds(c, 64)]
                 value = _load(piece, _PAIRS)
-                piece[...] = jnp.where(at < end, value, jnp.zeros_like(value))
+                piece[...] = jnp.where((at >= begin) & (at < end), value, jnp.zeros_like(value))
+
+        lax.fori_loop(0, size // step, zero, None)
         plgpu.commit_smem()
 
 

@@ -24,7 +24,6 @@ class Column:
     """Columns of `Work.tiles`."""
 
     TABLE_ROW, BEGIN, END, FULL_BEGIN, FULL_END, BLOCK, BLOCKS, START, COST = range(9)
-    COUNT = 9
 
 
 @functools.partial(
@@ -86,9 +85,8 @@ def work_list(
     """The work of the ``chosen`` segments (a mask)."""
     tiles, query, out, tile_of_segment = _tiles(segments, chosen, position, window, cut)
     cost = tiles[:, Column.COST]
-    ends = jnp.cumsum(cost) * cut.kv_heads
-    start, total = ends - cost * cut.kv_heads, ends[-1]
-    tiles = tiles.at[:, Column.START].set(start)
+    start = tiles[:, Column.START]
+    total = start[-1] + cost[-1] * cut.kv_heads
     per = jnp.maximum(-(-total // cut.workers), cut.least)
 
     def unit_at(x):
@@ -158,17 +156,9 @@ def _tiles(segments, chosen, position, window, cut):
     high = jnp.minimum(end, highest + 1)
     block = low // cut.block
     blocks = jnp.where(high > low, -(-high // cut.block) - block, 0)
-    tiles = jnp.zeros((cut.tiles, Column.COUNT), jnp.int32)
-    for column, x in (
-        (Column.TABLE_ROW, segments.table_row[segment]),
-        (Column.BEGIN, begin),
-        (Column.END, end),
-        (Column.FULL_BEGIN, full_begin),
-        (Column.FULL_END, jnp.minimum(end, lowest + 1)),
-        (Column.BLOCK, block),
-        (Column.BLOCKS, blocks),
-        (Column.COST, jnp.where(used, blocks + OVERHEAD, 0)),
-    ):
-        tiles = tiles.at[:, column].set(x)
+    cost = jnp.where(used, blocks + OVERHEAD, 0)
+    start = (jnp.cumsum(cost) - cost) * cut.kv_heads
+    row, full_end = segments.table_row[segment], jnp.minimum(end, lowest + 1)
+    tiles = jnp.stack([row, begin, end, full_begin, full_end, block, blocks, start, cost], axis=1)  # as in `Column`
     out = segments.out_begin[segment] + first
     return tiles, query, out, jnp.where(count > 0, tile_of_segment, -1)
