@@ -21,12 +21,13 @@ QUANTIZED = {"int8": 127.0, "float8_e4m3fn": 448.0}
 class PagedCache:
     """Keys and values of all layers in pages of equally many tokens; a block table says which pages a sequence has.
 
-    A quantized cache keeps one scale per token and head: what is meant is ``key * key_scale``.
+    A quantized cache keeps one scale per token and head: what is meant is ``key * key_scale``. Tokens lie innermost in
+    the scales, so that a page's scales of a head are one run.
 
     Attributes:
       key: rotated keys; float32, bfloat16, float16, int8 or float8_e4m3fn.
       value: values, of the same type.
-      key_scale: of a quantized cache, else ``None``; tokens lie innermost, so that a page's scales of a head are one run.
+      key_scale: of a quantized cache, else ``None``.
       value_scale: likewise.
     """
 
@@ -56,7 +57,9 @@ class PagedCache:
         return self.key_scale is not None
 
 
-def quantize(x: Float[Array, "*rows head_dim"], dtype: Any) -> tuple[Num[Array, "*rows head_dim"], Float[Array, "*rows"]]:
+def quantize(
+    x: Float[Array, "*rows head_dim"], dtype: Any
+) -> tuple[Num[Array, "*rows head_dim"], Float[Array, "*rows"]]:
     """Rounds each row to ``dtype`` (a key of `QUANTIZED`) by its own scale; returns the rounded rows and the scales."""
     dtype = jnp.dtype(dtype)
     x = x.astype(jnp.float32)
@@ -82,7 +85,7 @@ def slots(
       page_size: tokens in a page.
     """
     inside = (sequence >= 0) & (position >= 0) & (position < block_table.shape[1] * page_size)
-    page = block_table[jnp.where(inside, sequence, 0), jnp.where(inside, position, 0) // page_size]
+    page = jnp.asarray(block_table)[jnp.where(inside, sequence, 0), jnp.where(inside, position, 0) // page_size]
     return jnp.where(inside, page * page_size + position % page_size, -1)
 
 
@@ -109,7 +112,7 @@ def write(
     def store(to: jax.Array, new: jax.Array) -> jax.Array:
         return to.at[layer, page, offset].set(new.astype(to.dtype), mode="drop", unique_indices=True)
 
-    if not cache.quantized:
+    if cache.key_scale is None or cache.value_scale is None:
         return PagedCache(store(cache.key, key), store(cache.value, value))
 
     def scales(to: jax.Array, new: jax.Array) -> jax.Array:

@@ -12,7 +12,9 @@ from pallas_kernels.paged_attention.cache import QUANTIZED, PagedCache
 _FLOATS = ("float32", "bfloat16", "float16")
 
 
-def check_operands(query: Any, cache: PagedCache, block_table: Any, lengths: Any, query_starts: Any, starts: Any) -> None:
+def check_operands(
+    query: Any, cache: PagedCache, block_table: Any, lengths: Any, query_starts: Any, starts: Any
+) -> None:
     """Raises a `ValueError` for ranks, sizes or types that no implementation takes."""
     if query.ndim != 3:
         raise ValueError(f"query has shape {query.shape}; it must be [tokens, heads, head_dim]")
@@ -64,8 +66,8 @@ def check_operands(query: Any, cache: PagedCache, block_table: Any, lengths: Any
 def check_tables(cache: PagedCache, block_table: Any, lengths: Any, query_starts: Any, starts: Any) -> None:
     """Refuses numbers that would make a kernel read beyond the cache.
 
-    At once where the arrays are concrete; within a traced function under `jax.experimental.checkify.checkify` only, since
-    the check costs a pass over the tables. Entries of a block table beyond a sequence's length are never read.
+    At once where the arrays are concrete; within a traced function under `jax.experimental.checkify.checkify` only,
+    since the check costs a pass over the tables. Entries of a block table beyond a sequence's length are never read.
 
     Raises:
       ValueError: naming the argument and the first offender.
@@ -85,7 +87,9 @@ def check_tables(cache: PagedCache, block_table: Any, lengths: Any, query_starts
     ]
     if starts is not None:
         starts = xp.asarray(starts)
-        wrong.append(((starts < 0) | (starts % page_size != 0), f"starts must be multiples of the page size {page_size}"))
+        wrong.append(
+            ((starts < 0) | (starts % page_size != 0), f"starts must be multiples of the page size {page_size}")
+        )
     if query_starts is not None:
         count = xp.diff(xp.asarray(query_starts))
         wrong.append(((count < 0) | (count > lengths), "query_starts must rise by 0 .. lengths[s] for each sequence s"))

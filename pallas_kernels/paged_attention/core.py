@@ -1,9 +1,8 @@
 """Chooses the backend of the core and gives each device its own heads."""
 
 import importlib
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -15,6 +14,9 @@ from pallas_kernels.sharded import on_shards
 
 Implementation = Literal["auto", "xla", "gpu", "tpu", "reference"]
 IMPLEMENTATIONS = ("xla", "gpu", "tpu", "reference")
+
+
+Result = tuple[Float[Array, "outputs heads head_dim"], Float[Array, "outputs heads"]]
 
 
 def attend_segments(
@@ -30,11 +32,9 @@ def attend_segments(
     window: int | Int[Array, ""] | None = None,
     scale: float,
     softcap: float | None = None,
-    carry: Carry | None = None,
-    ordered: bool = False,
     implementation: Implementation = "auto",
     config: Any = None,
-) -> tuple[Float[Array, "outputs heads head_dim"], Float[Array, "outputs heads"]] | Carry:
+) -> Result:
     """Attends as `pallas_kernels.paged_attention.segments` says, through one of the backends.
 
     Args:
@@ -47,58 +47,89 @@ def attend_segments(
       outputs: rows of the result.
       decode: every segment has one row at most.
       window, scale, softcap: see `pallas_kernels.paged_attention.paged_attention`.
-      carry: with ``ordered``: go on from here; rows that no segment writes keep it.
-      ordered: add keys to each row in their order, block by block, never split, and return the unfinished state.
       implementation: see `pallas_kernels.paged_attention.paged_attention`.
       config: of that implementation.
 
     Returns:
-      The output and its log-sum-exp, both float32, undefined (NaN too) in rows that no segment writes; with ``ordered``
-      a `Carry`, for the ``finish`` of the same backend (`finish`).
+      The output and its log-sum-exp, both float32, undefined (NaN too) in rows that no segment writes.
 
     Raises:
       ValueError: unknown implementation, or one that does not support the case.
     """
-    name = resolve(query, cache, decode, implementation)
-    backend = _backend(name)
-    layer = jnp.asarray(layer, jnp.int32)
-    options = {"outputs": outputs, "decode": decode, "scale": scale, "softcap": softcap, "ordered": ordered}
-    if ordered and carry is None:
-        carry = Carry.nothing(outputs, *query.shape[1:])
+    options = {"outputs": outputs, "decode": decode, "scale": scale, "softcap": softcap, "config": config}
+    operands = (query, position, cache, layer, block_table, segments)
+    return _on_backend(operands, window, None, implementation, (query, query[..., 0]), options)
+
+
+def attend_in_order(
+    query: Float[Array, "rows heads head_dim"],
+    position: Int[Array, " rows"],
+    cache: PagedCache,
+    layer: int | Int[Array, ""],
+    block_table: Int[Array, "sequences pages_per_sequence"],
+    segments: Segments,
+    carry: Carry | None = None,
+    *,
+    outputs: int,
+    decode: bool,
+    window: int | Int[Array, ""] | None = None,
+    scale: float,
+    softcap: float | None = None,
+    implementation: Implementation = "auto",
+    config: Any = None,
+) -> Carry:
+    """`attend_segments` that adds keys to each row in their order, block by block, never split.
+
+    A row's bits depend on its own query, tokens and position alone, also when its tokens come in several calls cut at
+    multiples of `pallas_kernels.paged_attention.segments.ordered_block`.
+
+    Args:
+      carry: what to go on from; rows that no segment writes keep it. ``None``: nothing.
+
+    Returns:
+      The unfinished state, for `finish` with the same implementation.
+    """
+    carry = Carry.nothing(outputs, *query.shape[1:]) if carry is None else carry
+    options = {"outputs": outputs, "decode": decode, "scale": scale, "softcap": softcap, "config": config}
+    operands = (query, position, cache, layer, block_table, segments)
+    heads = query[..., 0]
+    return _on_backend(operands, window, carry, implementation, Carry(query, heads, heads), options)
+
+
+def _on_backend(operands: tuple, window: Any, carry: Any, implementation: Any, out_like: Any, options: dict) -> Any:
+    """``out_like`` is cut over heads as the query is, and so is the result."""
+    query, position, cache, layer, *rest = operands
+    backend = _backend(resolve(query, cache, options["decode"], implementation))
+    static = window if isinstance(window, int) else None
 
     def run(query, position, cache, layer, block_table, segments, window, carry):
-        return backend.attend(
-            query, position, cache, layer, block_table, segments, window=window, carry=carry, config=config, **options
-        )
+        window = window if static is None else static
+        # In order, there is a carry from the beginning.
+        extra = {"carry": carry, "ordered": carry is not None}
+        return backend.attend(query, position, cache, layer, block_table, segments, window=window, **extra, **options)
 
-    whole, heads = query, query[..., 0]  # cut as the query is, over heads
-    out_like = Carry(whole, heads, heads) if ordered else (whole, heads)
-    static = window is None or isinstance(window, int)
-    operands = (query, position, cache, layer, block_table, segments, None if static else window, carry)
-    if static:
-        return on_shards(lambda *xs: run(*xs[:6], window, xs[7]), operands, out_like)
-    return on_shards(run, operands, out_like)
+    layer = jnp.asarray(layer, jnp.int32)
+    traced = window if static is None else None
+    return on_shards(run, (query, position, cache, layer, *rest, traced, carry), out_like)
 
 
-def finish(
-    carry: Carry, implementation: str
-) -> tuple[Float[Array, "outputs heads head_dim"], Float[Array, "outputs heads"]]:
-    """The output and its log-sum-exp, of the backend (a name that `resolve` gave) that made the carry."""
+def finish(carry: Carry, implementation: str) -> Result:
+    """The output and its log-sum-exp, by the backend (a name that `resolve` gave) that made the carry."""
     return _backend(implementation).finish(carry)
 
 
-def resolve(query: Any, cache: PagedCache, decode: bool, implementation: Implementation) -> str:
+def resolve(query: Any, cache: PagedCache, decode: bool, implementation: str) -> Implementation:
     """The backend that ``implementation`` means for this case; see `attend_segments` for errors."""
     if implementation == "auto":
         wanted = {name: _asks(name, query, cache, decode) for name in (platform(),) if name in ("gpu", "tpu")}
-        return choose("paged_attention", {**wanted, "xla": lambda: None})
+        return cast(Implementation, choose("paged_attention", {**wanted, "xla": lambda: None}))
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r}; choose auto, {', '.join(IMPLEMENTATIONS)}")
     if implementation in ("gpu", "tpu"):
         reason = _asks(implementation, query, cache, decode)()
         if reason is not None:
             raise ValueError(f"implementation={implementation!r} does not support this case: {reason}")
-    return implementation
+    return cast(Implementation, implementation)
 
 
 def _asks(name: str, query: Any, cache: PagedCache, decode: bool):

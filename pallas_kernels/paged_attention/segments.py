@@ -4,7 +4,7 @@ Decoding, ragged prefill and shared prefixes differ in their segments alone, so 
 
 - decoding: a segment per sequence, of one row, against all its tokens;
 - prefill, whole or in chunks: a segment per sequence, of as many rows as there are new tokens;
-- a shared prefix: a segment of the rows of all the sequences below a node of the prefix tree, against the node's tokens.
+- a shared prefix: a segment of the rows of all sequences below a node of the prefix tree, against the node's tokens.
 
 The seam between the front and a platform is one function of this signature, which each backend module exposes::
 
