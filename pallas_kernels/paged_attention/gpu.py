@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.chips import chip_of
 from pallas_kernels.paged_attention.gpu_config import ROWS, GpuConfig, heuristic, why_not
 from pallas_kernels.paged_attention.gpu_kernel import Plan, attention
 from pallas_kernels.paged_attention.gpu_merge import merge
 from pallas_kernels.paged_attention.gpu_work import Cut, Work, work_list
 from pallas_kernels.paged_attention.segments import Carry
-from pallas_kernels.platform import platform
+from pallas_kernels.platform import chip, platform
+from pallas_kernels.tuning import tuned_config
 
 __all__ = ["GpuConfig", "attend", "finish", "heuristic", "why_not"]
 
@@ -43,7 +45,7 @@ def attend(
     heads, head_dim = query.shape[1:]
     layers, pages, page_size, kv_heads, _ = cache.key.shape
     group = heads // kv_heads
-    config = heuristic(head_dim, page_size, cache.quantized) if config is None else config
+    config = _config(query, cache, block_table) if config is None else config
     config.check(cache, ordered=ordered)
     common = {
         # Merging the outer axes is a change of shape alone, and TMA has five axes at most.
@@ -147,11 +149,27 @@ def finish(carry):
     return carry.total / safe[..., None], jnp.where(seen, carry.peak * _LN2 + jnp.log(safe), -jnp.inf)
 
 
+def _config(query, cache, block_table) -> GpuConfig:
+    page_size, kv_heads, head_dim = cache.key.shape[2:]
+    shape = {
+        "head_dim": head_dim,
+        "page_size": page_size,
+        "heads": query.shape[1],
+        "kv_heads": kv_heads,
+        "cache": cache.key.dtype.name,
+        "rows": query.shape[0],
+        "tokens": block_table.shape[1] * page_size,
+    }
+    best = tuned_config(GpuConfig, "paged_attention", chip(), query.dtype, **shape)
+    known = chip_of(chip())
+    return best or heuristic(head_dim, page_size, cache.quantized, workers=known.cores if known else 132)
+
+
 def _interpret() -> Any:
     if platform() == "gpu":
         return None
     if not hasattr(plgpu, "InterpretGPUParams"):
-        raise NotImplementedError("implementation='gpu' on this platform needs the interpreter of JAX 0.11")
+        raise NotImplementedError(f"implementation='gpu' on {platform()} needs the interpreter of JAX 0.11 or newer")
     return plgpu.InterpretGPUParams()
 
 

@@ -7,10 +7,12 @@ import jax.numpy as jnp
 
 from pallas_kernels.paged_attention.cache import QUANTIZED, PagedCache
 from pallas_kernels.paged_attention.segments import ordered_block
+from pallas_kernels.platform import chip, platform
 
 ROWS = 64  # of a warpgroup's tile: wgmma's M
 SMEM_BYTES = 232_448  # that one block may have on Hopper
 _ALIGN = 1024  # Mosaic starts every buffer at a multiple
+_HOPPERS = ("H100", "H200", "GH200")
 _BLOCKS = (64, 128, 256)
 
 
@@ -120,10 +122,13 @@ def why_not(query: Any, cache: PagedCache, *, decode: bool) -> str | None:
     """Why this case cannot be done here, or ``None``."""
     del decode
     page_size, kv_heads, head_dim = cache.key.shape[2:]
+    if platform() == "gpu" and not any(name in (chip() or "") for name in _HOPPERS):
+        return f"the chip is {chip()}; the kernel is for {', '.join(_HOPPERS)}"
     if query.dtype not in (jnp.bfloat16, jnp.float16):
         return f"query has dtype {query.dtype.name}; the kernel takes bfloat16 and float16"
     if cache.key.dtype != query.dtype and cache.key.dtype.name not in QUANTIZED:
-        return f"cache.key has dtype {cache.key.dtype.name}; the kernel takes the query's {query.dtype.name}, or {', '.join(QUANTIZED)}"
+        allowed = ", ".join((query.dtype.name, *QUANTIZED))
+        return f"cache.key has dtype {cache.key.dtype.name}; the kernel takes {allowed} with a {query.dtype.name} query"
     if head_dim % 64 or head_dim > 256:
         return f"query has head_dim {head_dim}; the kernel takes 64, 128, 192 and 256"
     if page_size not in (16, 32, 64, 128):

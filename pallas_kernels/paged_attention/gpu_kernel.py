@@ -252,7 +252,7 @@ def _load_piece(plan: Plan, r: dict[str, Any], worker: Any, unit: Any, seen: Any
 
             source = r["key" if name == "k" else "value"]
             for i, page in places:
-                within = pl.ds(i % plan.page_size, plan.copy)
+                within = _within_page(plan, token, i)
                 to = pl.ds(i % plan.part, plan.copy)
                 plgpu.copy_gmem_to_smem(
                     source.at[page, within, head],
@@ -267,6 +267,13 @@ def _load_piece(plan: Plan, r: dict[str, Any], worker: Any, unit: Any, seen: Any
     return seen[0] + (begin < end).astype(jnp.int32), done
 
 
+def _within_page(plan, token, i):
+    """The tokens of a page that one TMA takes, the first of them ``i`` after a block's first."""
+    if plan.block % plan.page_size == 0:
+        return pl.ds(i % plan.page_size, plan.copy)
+    return pl.ds(pl.multiple_of(lax.rem(token + i, jnp.int32(plan.page_size)), plan.copy), plan.copy)
+
+
 def _load_scales(plan, r, name, slot, row, head, token, places):
     source, loaded = r["key_scale" if name == "k" else "value_scale"], r[f"{name}_loaded"].at[slot]
     if plan.gathered_scales:
@@ -275,7 +282,7 @@ def _load_scales(plan, r, name, slot, row, head, token, places):
             plgpu.copy_gmem_to_smem(source.at[row, head, at], r[f"{name}_scale_s"].at[slot, part], loaded)
         return
     for i, page in places:
-        at = pl.ds(i % plan.page_size, plan.copy)
+        at = _within_page(plan, token, i)
         to = r[f"{name}_scale_s"].at[slot, i // plan.part, pl.ds(i % plan.part, plan.copy)]
         plgpu.copy_gmem_to_smem(source.at[page, head, at], to, loaded)
 
