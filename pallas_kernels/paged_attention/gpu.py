@@ -40,7 +40,7 @@ def attend(
     ordered=False,
     config=None,
 ):
-    """See `pallas_kernels.paged_attention.segments`. The unit of a carry's ``peak`` is the logarithm to the base of 2."""
+    """See `pallas_kernels.paged_attention.segments`. A carry's ``peak`` is a logarithm to the base of 2."""
     interpret = _interpret()
     heads, head_dim = query.shape[1:]
     layers, pages, page_size, kv_heads, _ = cache.key.shape
@@ -125,8 +125,11 @@ def attend(
 
     count = segments.query_count
     wide_rows = ROWS * config.wide_warpgroups // group
+
     # Rows of the output are of one segment at most, which bounds the number of full tiles.
-    wide_tiles = lambda segments_of_many: outputs // wide_rows + segments_of_many
+    def wide_tiles(segments_of_many):
+        return outputs // wide_rows + segments_of_many
+
     place = _Place.of(segments, outputs)
     if ordered:
         carry = Carry.nothing(outputs, heads, head_dim) if carry is None else carry
@@ -174,7 +177,7 @@ def _interpret() -> Any:
 
 
 def _laid(x, first, *, rows, kv_heads, sheets, lanes):
-    """``x [rows, heads, ...]`` as ``[units, sheets, lanes, ...]``: the tiles' rows, from the ``first`` of each, side by side."""
+    """``x [rows, heads, ...]`` as ``[units, sheets, lanes, ...]``: each tile's rows, from its ``first``, side by side."""
     x = x[jnp.clip(first[:, None] + jnp.arange(rows), 0, x.shape[0] - 1)]
     tiles, rest = x.shape[0], x.shape[3:]
     x = jnp.moveaxis(x.reshape(tiles, rows, kv_heads, -1, *rest), 2, 1).reshape(tiles * kv_heads, -1, *rest)
@@ -239,6 +242,9 @@ def _ordered_result(work, result, place, carry, kv_heads):
     mine, unit, lane = place.lanes(work, kv_heads, carry.total.shape[1] // kv_heads)
     mine &= (work.pieces > 0)[unit]
     at = (work.place[unit], lane // ROWS, lane % ROWS)
-    pick = lambda name, old: jnp.where(mine, result[name][at], old)
+
+    def pick(name, old):
+        return jnp.where(mine, result[name][at], old)
+
     total = jnp.where(mine[..., None], result["out"][at], carry.total)
     return Carry(total, pick("lse", carry.weight), pick("peak", carry.peak))

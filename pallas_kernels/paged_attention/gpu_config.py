@@ -1,4 +1,4 @@
-"""How the Mosaic GPU core is cut: blocks of tokens, stages, warpgroups, workers; and what of it fits in shared memory."""
+"""How the work of the Mosaic GPU core is cut, and what of it fits in shared memory."""
 
 import dataclasses
 from typing import Any
@@ -24,8 +24,8 @@ class GpuConfig:
       block: tokens of a stage of segments of few rows. Each warpgroup takes an equal part of them, at least 64.
       stages: blocks of keys, and as many of values, on their way at a time.
       warpgroups: that compute, 1 or 2, beside one that loads.
-      wide_block: tokens of a stage of segments of many rows. All warpgroups take all of them, each for 64 rows of its own.
-        Ordered calls take this one for all segments.
+      wide_block: tokens of a stage of segments of many rows, and of all segments in ordered calls. All warpgroups take
+        all of them, each for 64 rows of its own.
       wide_stages, wide_warpgroups: likewise.
       workers: blocks of the launch, which stay for the whole call: as many as the chip holds at a time.
       least: blocks of work that are worth a worker of their own.
@@ -50,7 +50,9 @@ class GpuConfig:
             if stages < 2:
                 raise ValueError(f"GpuConfig.{name}stages={stages}; must be at least 2")
         if self.block // self.warpgroups < 64:
-            raise ValueError(f"GpuConfig.block={self.block}; must give each of {self.warpgroups} warpgroups 64 tokens or more")
+            raise ValueError(
+                f"GpuConfig.block={self.block}; must give each of {self.warpgroups} warpgroups 64 tokens or more"
+            )
         for name in ("workers", "least"):
             if getattr(self, name) < 1:
                 raise ValueError(f"GpuConfig.{name}={getattr(self, name)}; must be at least 1")
@@ -80,8 +82,8 @@ class GpuConfig:
                 )
         if ordered and ordered_block(page_size) % self.wide_block:
             raise ValueError(
-                f"GpuConfig.wide_block={self.wide_block} must divide {ordered_block(page_size)}, the tokens between places "
-                f"where ordered attention may be cut at page_size={page_size}"
+                f"GpuConfig.wide_block={self.wide_block} must divide {ordered_block(page_size)}, the tokens between "
+                f"places where ordered attention may be cut at page_size={page_size}"
             )
 
 
@@ -90,7 +92,7 @@ def smem_bytes(block: int, stages: int, warpgroups: int, head_dim: int, quantize
     part = block if wide else block // warpgroups
     width = 1 if quantized else 2
     buffers = [
-        (warpgroups if wide else 1) * ROWS * head_dim * 2,  # queries
+        (warpgroups if wide else 2) * ROWS * head_dim * 2,  # queries
         *[stages * block * head_dim * width] * 2,  # keys, values
         warpgroups * ROWS * part * 2,  # probabilities
     ]

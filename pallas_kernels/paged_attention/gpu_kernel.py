@@ -1,23 +1,25 @@
 """The Mosaic GPU kernel of paged attention: one warpgroup loads pages by TMA, the others multiply by wgmma.
 
-Every warpgroup that computes holds 64 rows, (query row, head of the group) pairs that share a kv head. In a *split* launch,
-for segments of few rows, the warpgroups have the same rows and share out a stage's tokens, each with a softmax of its own:
-such work waits for memory, and padding rows to 64 costs nothing but idle tensor cores. In a *wide* launch each has rows of
-its own and sees all tokens of a stage.
+Every warpgroup that computes holds 64 rows: pairs of a query row and a head of its group, all of one kv head. In a
+*split* launch, for segments of few rows, the warpgroups have the same rows and share out a stage's tokens, each with a
+softmax of its own: such work waits for memory, and padding rows to 64 costs nothing but idle tensor cores. In a *wide*
+launch each has rows of its own and sees all tokens of a stage.
 
 Who waits for whom (the interpreter's race detector does not see a missing wait before a wgmma reads):
 
-- ``loaded[slot]`` completes when all bytes of a stage's pages are in shared memory; TMA writes and wgmma reads are of the
-  same (asynchronous) proxy, so that the wait alone orders them. Keys and values have a barrier each.
+- ``loaded[slot]`` completes when all bytes of a stage's pages are in shared memory. TMA writes and wgmma reads are of
+  the same (asynchronous) proxy, so that the wait alone orders them. Keys and values have a barrier each.
 - ``free[slot]`` takes one arrival per warpgroup, after the read of an accumulator has waited for every wgmma (or, of a
-  quantized stage, every load) that reads the stage. The loader waits for it before it overwrites the stage, but not the first
-  time round. The same holds for the queries' buffer, which all warpgroups give back after a piece's last keys.
+  quantized stage, every load) that reads the stage. The loader waits for it before it overwrites the stage, but not the
+  first time round. Likewise the queries' buffer, which all warpgroups give back after a piece's last block.
 - What a warpgroup itself writes for wgmma (probabilities, widened or cleaned keys and values) passes the generic proxy:
-  `commit_smem` fences it and joins the warpgroup's warps. A later overwrite of it follows the accumulator's read, which waited.
-- In a wide quantized launch each warpgroup widens its share of a stage for all. ``both`` joins them after the keys and after
-  the values; the next keys' buffer is overwritten after the join that follows the last multiplication with it, and so are values.
-- A page's slack is cleaned by each warpgroup for itself. In a wide launch two do it to the same bytes with the same zeros,
-  each before its own multiplication: no value that is read depends on which was first.
+  `commit_smem` fences it and joins the warpgroup's warps. It is overwritten after an accumulator that was made from it
+  has been read.
+- In a wide quantized launch each warpgroup widens its share of a stage for all. ``both`` joins them after the keys and
+  after the values. Keys are overwritten after the join for the values, which follows the multiplication by the keys in
+  every warpgroup; values after the join for the next keys, which follows the multiplication by the values.
+- A page's slack is cleaned by each warpgroup for itself. In a wide launch two do it to the same bytes with the same
+  zeros, each before its own multiplication: no value that is read depends on which was first.
 """
 
 import dataclasses
@@ -79,6 +81,11 @@ class Plan:
         return self.block // self.part
 
     @property
+    def buffers(self) -> int:
+        """Of queries: of a split launch, whose pieces are short, the next piece's are loaded meanwhile."""
+        return 2 if self.split else 1
+
+    @property
     def sheets(self) -> int:
         """Warpgroup tiles of rows."""
         return 1 if self.split else self.warpgroups
@@ -119,12 +126,12 @@ def attention(plan: Plan, work: Work, operands: dict[str, Any], *, interpret: An
         out_type["peak"] = jax.ShapeDtypeStruct((places, w, plan.rows), jnp.float32)
     pages = plan.block // plan.copy
     scratch = {
-        "q_s": plgpu.SMEM((plan.sheets, ROWS, d), t, transforms=tiled(d, t)),
+        "q_s": plgpu.SMEM((plan.buffers, plan.sheets, ROWS, d), t, transforms=tiled(d, t)),
         "k_s": plgpu.SMEM((plan.stages, plan.parts, plan.part, d), plan.kept, transforms=tiled(d, plan.kept)),
         "v_s": plgpu.SMEM((plan.stages, plan.parts, plan.part, d), plan.kept, transforms=tiled(d, plan.kept)),
         "p_s": plgpu.SMEM((w, ROWS, plan.part), t, transforms=tiled(plan.part, t)),
-        "q_loaded": plgpu.Barrier(num_arrivals=plan.sheets),
-        "q_free": plgpu.Barrier(num_arrivals=w),
+        "q_loaded": plgpu.Barrier(num_arrivals=plan.sheets, num_barriers=plan.buffers),
+        "q_free": plgpu.Barrier(num_arrivals=w, num_barriers=plan.buffers),
         "k_loaded": plgpu.Barrier(num_arrivals=pages, num_barriers=plan.stages),
         "v_loaded": plgpu.Barrier(num_arrivals=pages, num_barriers=plan.stages),
         "k_free": plgpu.Barrier(num_arrivals=w, num_barriers=plan.stages),
@@ -164,10 +171,10 @@ def attention(plan: Plan, work: Work, operands: dict[str, Any], *, interpret: An
 def _kernel(plan: Plan, r: dict[str, Any]) -> None:
     """One worker.
 
-    ``r`` holds references: ``query [units, sheets, rows, head_dim]``, ``position [tiles, sheets, ROWS]``, ``key`` and ``value
-    [layers * pages, page_size, kv_heads, head_dim]``, ``layer_pages`` (pages before the layer), ``table``, the `Work`'s
-    ``tiles``, ``spans`` and ``limits``, of an ordered call ``carry_* [units, sheets, ROWS, ...]``, the results ``out``, ``lse``
-    (log2; of an ordered call the weight) and ``peak``, and the buffers.
+    ``r`` holds references: ``query [units, sheets, rows, head_dim]``, ``position [tiles, sheets, ROWS]``, ``key`` and
+    ``value [layers * pages, page_size, kv_heads, head_dim]``, ``layer_pages`` (pages before the layer), ``table``, the
+    `Work`'s ``tiles``, ``spans`` and ``limits``, of an ordered call ``carry_* [units, sheets, ROWS, ...]``, the results
+    ``out``, ``lse`` (log2; of an ordered call the weight) and ``peak``, and the buffers.
     """
     worker = lax.axis_index("worker")
     warpgroup = lax.axis_index("warpgroup")
@@ -178,13 +185,18 @@ def _kernel(plan: Plan, r: dict[str, Any]) -> None:
     def _load():
         if plan.warpgroups == 2:
             plgpu.set_max_registers(40, action="decrease")
-        step = lambda unit, seen: _load_piece(plan, r, worker, unit, seen)
+
+        def step(unit, seen):
+            return _load_piece(plan, r, worker, unit, seen)
+
         pieces, blocks = lax.fori_loop(first, last, step, (nothing, nothing))
 
         # Barriers end with every phase observed.
-        @pl.when(pieces > 0)
-        def _():
-            plgpu.barrier_wait(r["q_free"])
+        for buffer in range(plan.buffers):
+
+            @pl.when(pieces > buffer)
+            def _(buffer=buffer):
+                plgpu.barrier_wait(r["q_free"].at[buffer])
 
         for slot in range(plan.stages):
 
@@ -197,7 +209,7 @@ def _kernel(plan: Plan, r: dict[str, Any]) -> None:
     def _compute():
         if plan.warpgroups == 2:
             plgpu.set_max_registers(232, action="increase")
-        lax.fori_loop(first, last, lambda unit, seen: _add_piece(plan, r, worker, warpgroup, unit, seen), nothing)
+        lax.fori_loop(first, last, lambda unit, seen: _add_piece(plan, r, worker, warpgroup, unit, seen), (nothing, nothing))
         if plan.split:
             plgpu.wait_smem_to_gmem(0)
 
@@ -205,7 +217,10 @@ def _kernel(plan: Plan, r: dict[str, Any]) -> None:
 def _piece(plan: Plan, r: dict[str, Any], worker: Any, unit: Any) -> tuple[Any, Any, Any, Any]:
     """The tile and the head of a unit, and this worker's blocks of it, begin and end, counted from token 0."""
     tile, head = lax.div(unit, jnp.int32(plan.kv_heads)), lax.rem(unit, jnp.int32(plan.kv_heads))
-    at = lambda column: r["tiles"][tile, column]
+
+    def at(column):
+        return r["tiles"][tile, column]
+
     block, blocks = at(Column.BLOCK), at(Column.BLOCKS)
     if plan.ordered:
         return tile, head, block, block + blocks
@@ -219,7 +234,10 @@ def _piece(plan: Plan, r: dict[str, Any], worker: Any, unit: Any) -> tuple[Any, 
 def _load_piece(plan: Plan, r: dict[str, Any], worker: Any, unit: Any, seen: Any) -> Any:
     """Fetches the queries and pages of one piece; ``seen``: pieces and blocks so far."""
     tile, head, begin, end = _piece(plan, r, worker, unit)
-    at = lambda column: r["tiles"][tile, column]
+
+    def at(column):
+        return r["tiles"][tile, column]
+
     row = at(Column.TABLE_ROW)
     size = jnp.int32(plan.page_size)
     first_page, last_page = lax.div(at(Column.BEGIN), size), lax.div(at(Column.END) - 1, size)
@@ -227,14 +245,16 @@ def _load_piece(plan: Plan, r: dict[str, Any], worker: Any, unit: Any, seen: Any
 
     @pl.when(begin < end)
     def _queries():
-        @pl.when(seen[0] > 0)
+        buffer = lax.rem(seen[0], jnp.int32(plan.buffers))
+
+        @pl.when(seen[0] >= plan.buffers)
         def _():
-            plgpu.barrier_wait(r["q_free"])
+            plgpu.barrier_wait(r["q_free"].at[buffer])
 
         # Rows that are not loaded hold anything: they stay in their own rows, which are not stored.
         for sheet in range(plan.sheets):
-            to = r["q_s"].at[sheet, pl.ds(0, plan.rows)]
-            plgpu.copy_gmem_to_smem(r["query"].at[unit, sheet], to, r["q_loaded"])
+            to = r["q_s"].at[buffer, sheet, pl.ds(0, plan.rows)]
+            plgpu.copy_gmem_to_smem(r["query"].at[unit, sheet], to, r["q_loaded"].at[buffer])
 
     def fetch(block: Any, done: Any) -> Any:
         slot = lax.rem(done, jnp.int32(plan.stages))
@@ -287,14 +307,16 @@ def _load_scales(plan, r, name, slot, row, head, token, places):
         plgpu.copy_gmem_to_smem(source.at[page, head, at], to, loaded)
 
 
-def _add_piece(plan: Plan, r: dict[str, Any], worker: Any, warpgroup: Any, unit: Any, done: Any) -> Any:
-    """Adds up one piece and stores it; ``done``: blocks so far."""
-    tile, head, begin, end = _piece(plan, r, worker, unit)
+def _add_piece(plan: Plan, r: dict[str, Any], worker: Any, warpgroup: Any, unit: Any, seen: Any) -> Any:
+    """Adds up one piece and stores it; ``seen``: pieces and blocks so far."""
+    tile, _head, begin, end = _piece(plan, r, worker, unit)
     place = unit if plan.ordered else unit + worker
 
     @pl.when(begin < end)
     def _():
-        at = lambda column: r["tiles"][tile, column]
+        def at(column):
+            return r["tiles"][tile, column]
+
         sheet = 0 if plan.split else warpgroup
         position = _load(r["position"].at[tile, sheet], _ROW)
         low = jnp.maximum(position - r["limits"][1] + 1, at(Column.BEGIN)) if plan.windowed else at(Column.BEGIN)
@@ -302,24 +324,32 @@ def _add_piece(plan: Plan, r: dict[str, Any], worker: Any, warpgroup: Any, unit:
         if plan.ordered:
             state = _carried(plan, r, unit, sheet)
         else:
-            fill = lambda shape, x, layout: plgpu.layout_cast(jnp.full(shape, x, jnp.float32), layout)
+
+            def fill(shape, x, layout):
+                return plgpu.layout_cast(jnp.full(shape, x, jnp.float32), layout)
+
             total = tuple(fill((ROWS, c.stop - c.start), 0.0, _WGMMA) for c in plan.columns)
             state = (total, fill((ROWS,), LOW, _ROW), fill((ROWS,), 0.0, _ROW))
-        plgpu.barrier_wait(r["q_loaded"])
-        seen = (low, high, *(at(c) for c in (Column.BEGIN, Column.END, Column.FULL_BEGIN, Column.FULL_END)))
-        step = lambda block, state: _add_block(plan, r, warpgroup, seen, block, done + block - begin, state)
+        buffer = lax.rem(seen[0], jnp.int32(plan.buffers))
+        plgpu.barrier_wait(r["q_loaded"].at[buffer])
+        limits = (low, high, *(at(c) for c in (Column.BEGIN, Column.END, Column.FULL_BEGIN, Column.FULL_END)))
+
+        def step(block, state):
+            return _add_block(plan, r, warpgroup, buffer, limits, block, seen[1] + block - begin, state)
+
         state = lax.fori_loop(begin, end, step, state)
-        plgpu.barrier_arrive(r["q_free"])
+        plgpu.barrier_arrive(r["q_free"].at[buffer])
         _store(plan, r, warpgroup, place, state)
 
-    return done + end - begin
+    return seen[0] + (begin < end).astype(jnp.int32), seen[1] + end - begin
 
 
-def _add_block(plan, r, warpgroup, seen, block, done, state):
-    """One step of the online softmax; ``seen``: of each row the tokens that it sees, and of all rows."""
+def _add_block(plan, r, warpgroup, buffer, limits, block, done, state):
+    """One step of the online softmax; ``limits``: of the tokens that each row sees, the segment has, and all rows see."""
     total, peak, weight = state
-    low, high, begin, end, full_begin, full_end = seen
-    if plan.quantized or plan.head_dim > 128:  # addresses that follow from this alone would be computed before the loop, and held throughout
+    low, high, begin, end, full_begin, full_end = limits
+    if plan.quantized or plan.head_dim > 128:
+        # Addresses that follow from this alone would be computed before the loop, and held throughout.
         warpgroup = lax.optimization_barrier(warpgroup)
     slot = lax.rem(done, jnp.int32(plan.stages))
     part = warpgroup if plan.split else warpgroup * 0  # an array: `run_state` takes no constants
@@ -331,7 +361,7 @@ def _add_block(plan, r, warpgroup, seen, block, done, state):
     keys = _operand(plan, r, "k", slot, warpgroup, part)
 
     def multiply(acc):
-        plgpu.wgmma(acc, r["q_s"].at[sheet], _transposed(keys))
+        plgpu.wgmma(acc, r["q_s"].at[buffer, sheet], _transposed(keys))
         return acc[...]
 
     logits = pl.run_scoped(multiply, plgpu.ACC((ROWS, plan.part), jnp.float32))
@@ -366,7 +396,10 @@ def _add_block(plan, r, warpgroup, seen, block, done, state):
 
     added = []
     for columns, old in zip(plan.columns, total, strict=True):
-        multiply = lambda acc, columns=columns: plgpu.wgmma(acc, r["p_s"].at[warpgroup], values.at[:, columns])
+
+        def multiply(acc, columns=columns):
+            return plgpu.wgmma(acc, r["p_s"].at[warpgroup], values.at[:, columns])
+
         old = old * lax.broadcast_in_dim(decay, old.shape, [0])
         if plan.in_place:
             added.append(pl.run_state(multiply)(plgpu.ACC.init(old)))
@@ -448,7 +481,7 @@ def _store(plan: Plan, r: dict[str, Any], warpgroup: Any, place: Any, state: Any
         for columns, x in zip(plan.columns, total, strict=True):
             r["out"][place, warpgroup, :, columns] = x
         return
-    # Few rows: through shared memory, so that no more than those are stored. The buffer's last store was read out before.
+    # Few rows: through shared memory, so that no more than those are stored.
     rows = pl.ds(0, plan.rows)
     for columns, x in zip(plan.columns, total, strict=True):
         for i in range(0, x.shape[1], 64):

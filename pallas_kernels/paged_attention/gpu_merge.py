@@ -86,7 +86,9 @@ def merge(
 
         @pl.when(count > 0)
         def _():
-            fill = lambda shape, x, layout: plgpu.layout_cast(jnp.full(shape, x, jnp.float32), layout)
+            def fill(shape, x, layout):
+                return plgpu.layout_cast(jnp.full(shape, x, jnp.float32), layout)
+
             state = (fill((ROWS, width), 0.0, _WGMMA), fill((ROWS,), LOW, _ROW), fill((ROWS,), 0.0, _ROW))
             total, peak, weight = lax.fori_loop(0, count, add, state)
             safe = jnp.where(weight > 0, weight, 1.0)

@@ -32,18 +32,20 @@ class Case:
     query_starts: jax.Array | None
 
     def run(self, implementation, query=None, **options):
-        attend = lambda query, cache: paged_attention(
-            query,
-            cache,
-            1,
-            self.table,
-            self.lengths,
-            self.query_starts,
-            starts=self.starts,
-            return_lse=True,
-            implementation=implementation,
-            **options,
-        )
+        def attend(query, cache):
+            return paged_attention(
+                query,
+                cache,
+                1,
+                self.table,
+                self.lengths,
+                self.query_starts,
+                starts=self.starts,
+                return_lse=True,
+                implementation=implementation,
+                **options,
+            )
+
         return jax.jit(attend)(self.query if query is None else query, self.cache)
 
 
@@ -146,7 +148,10 @@ def test_decodes(config, sizes, options):
         ({"lengths": (0, 1, 40, 18, 250), "new": (0, 1, 40, 2, 130), "starts": (0, 0, 0, 16, 112)}, {}),
         ({"lengths": (70, 200), "new": (70, 90), "group": 3, "head_dim": 128}, {"window": jnp.int32(33)}),
         ({"lengths": (70, 129), "new": (70, 1), "kept": jnp.int8, "kv_heads": 1}, {}),
-        ({"lengths": (90, 40), "new": (33, 40), "kept": jnp.float8_e4m3fn, "page_size": 64, "kv_heads": 1}, {"window": 40}),
+        (
+            {"lengths": (90, 40), "new": (33, 40), "kept": jnp.float8_e4m3fn, "page_size": 64, "kv_heads": 1},
+            {"window": 40},
+        ),
     ],
     ids=["mixed", "wide-traced-window", "int8", "fp8-window"],
 )
@@ -160,7 +165,10 @@ def test_nodes_of_a_prefix_tree():
     case = make((150, 30, 40, 0), kv_heads=1)
     rows = 20
     query = jnp.asarray(np.random.default_rng(1).normal(size=(rows, 4, 64)), jnp.bfloat16)
-    numbers = lambda *x: jnp.asarray(x, jnp.int32)
+
+    def numbers(*x):
+        return jnp.asarray(x, jnp.int32)
+
     segments = Segments(
         query_begin=numbers(0, 5, 19, 3, 0),
         query_count=numbers(19, 15, 1, 2, 0),
@@ -195,36 +203,51 @@ def test_nodes_of_a_prefix_tree():
 def test_order_is_kept_bit_for_bit():
     """Ordered: a row alone, in company, among many rows, and with its tokens in two calls."""
     case = make((300, 1, 150), kv_heads=1, group=2)
-    run = lambda query, position, segments, carry=None, decode=True: gpu.attend(
-        query,
-        position,
-        case.cache,
-        jnp.int32(1),
-        case.table,
-        segments,
-        outputs=query.shape[0],
-        decode=decode,
-        window=None,
-        scale=0.125,
-        softcap=None,
-        carry=carry,
-        ordered=True,
-        config=SMALL,
-    )
-    numbers = lambda *x: jnp.asarray(x, jnp.int32)
+
+    def run(query, position, segments, carry=None, decode=True):
+        return gpu.attend(
+            query,
+            position,
+            case.cache,
+            jnp.int32(1),
+            case.table,
+            segments,
+            outputs=query.shape[0],
+            decode=decode,
+            window=None,
+            scale=0.125,
+            softcap=None,
+            carry=carry,
+            ordered=True,
+            config=SMALL,
+        )
+
+    def numbers(*x):
+        return jnp.asarray(x, jnp.int32)
+
     position = case.lengths - 1
     together = run(case.query, position, decode_segments(case.lengths))
     agree(gpu.finish(together), case.run("reference", case.query.astype(jnp.float32), scale=0.125))
-    same = lambda a, b: [np.testing.assert_array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b))]
-    row = lambda carry, i: jax.tree.map(lambda x: x[i], carry)
+
+    def same(a, b):
+        return [
+            np.testing.assert_array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=False)
+        ]
+
+    def row(carry, i):
+        return jax.tree.map(lambda x: x[i], carry)
+
     last = Segments(numbers(0), numbers(1), numbers(2), numbers(0), numbers(150), numbers(0))
     same(row(run(case.query[2:], position[2:], last), 0), row(together, 2))
     # The same row as the last of a prefill of 40, whose other rows see less.
     many = jnp.concatenate([jnp.flip(case.query, 2)[jnp.arange(39) % 3], case.query[2:]])
     segments = dataclasses.replace(last, query_count=numbers(40))
     same(row(run(many, jnp.arange(110, 150, dtype=jnp.int32), segments, decode=False), 39), row(together, 2))
+
     # In two calls, and rows that no segment writes keep their carry.
-    cut = lambda x: dataclasses.replace(decode_segments(case.lengths), **x)
+    def cut(x):
+        return dataclasses.replace(decode_segments(case.lengths), **x)
+
     first = run(case.query, position, cut({"kv_end": jnp.minimum(case.lengths, 128)}))
     then = cut({"kv_begin": numbers(128, 128, 128), "query_count": numbers(1, 0, 1)})
     same(run(case.query, position, then, first), together)
@@ -235,12 +258,17 @@ def test_order_is_kept_bit_for_bit():
 def test_mutants_are_caught(monkeypatch):
     case = make((40, 300), kv_heads=1, group=2)
     wanted = case.run("reference", case.query.astype(jnp.float32))
-    swapped = dataclasses.replace(case, table=case.table.at[1, :2].set(case.table[1, 1::-1]).at[1, 3].set(case.table[1, 9]))
+    swapped = dataclasses.replace(
+        case, table=case.table.at[1, :2].set(case.table[1, 1::-1]).at[1, 3].set(case.table[1, 9])
+    )
     assert differs(swapped.run("gpu", config=SMALL), wanted)
     longer = dataclasses.replace(case, lengths=case.lengths - 1)
     assert differs(longer.run("gpu", config=SMALL), wanted)
     whole = gpu.merge
-    forgetful = lambda out, lse, jobs, **rest: whole(out, lse, jobs.at[:, 1].add(-1), **rest)
+
+    def forgetful(out, lse, jobs, **rest):
+        return whole(out, lse, jobs.at[:, 1].add(-1), **rest)
+
     monkeypatch.setattr(gpu, "merge", forgetful)
     assert differs(case.run("gpu", config=SMALL), wanted)
 
