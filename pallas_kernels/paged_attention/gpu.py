@@ -177,7 +177,7 @@ def _interpret() -> Any:
 
 
 def _laid(x, first, *, rows, kv_heads, sheets, lanes):
-    """``x [rows, heads, ...]`` as ``[units, sheets, lanes, ...]``: each tile's rows, from its ``first``, side by side."""
+    """``x [rows, heads, ...]`` as ``[units, sheets, lanes, ...]``: each tile's rows, from its ``first``, in one run."""
     x = x[jnp.clip(first[:, None] + jnp.arange(rows), 0, x.shape[0] - 1)]
     tiles, rest = x.shape[0], x.shape[3:]
     x = jnp.moveaxis(x.reshape(tiles, rows, kv_heads, -1, *rest), 2, 1).reshape(tiles * kv_heads, -1, *rest)

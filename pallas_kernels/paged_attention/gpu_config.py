@@ -101,7 +101,7 @@ def smem_bytes(block: int, stages: int, warpgroups: int, head_dim: int, quantize
     buffers.append(warpgroups * ROWS * 4)  # its log-sum-exp
     if quantized:
         buffers += [*[block * head_dim * 2] * 2, *[stages * block * 4] * 2]  # widened keys and values; scales
-    return sum(-(-x // _ALIGN) * _ALIGN for x in buffers) + 2 * _ALIGN  # barriers, scratch of reductions
+    return sum(-(-x // _ALIGN) * _ALIGN for x in buffers) + 3 * _ALIGN  # scratch of reductions, barriers
 
 
 def heuristic(head_dim: int, page_size: int, quantized: bool, *, workers: int = 132) -> GpuConfig:

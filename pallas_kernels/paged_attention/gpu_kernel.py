@@ -23,6 +23,7 @@ Who waits for whom (the interpreter's race detector does not see a missing wait 
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -162,6 +163,7 @@ def attention(plan: Plan, work: Work, operands: dict[str, Any], *, interpret: An
         grid_names=("worker",),
         num_threads=w + 1,
         thread_name="warpgroup",
+        kernel_name="paged_attention_" + ("ordered" if plan.ordered else "split" if plan.split else "wide"),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         **options,
     )(*operands.values())
@@ -209,7 +211,8 @@ def _kernel(plan: Plan, r: dict[str, Any]) -> None:
     def _compute():
         if plan.warpgroups == 2:
             plgpu.set_max_registers(232, action="increase")
-        lax.fori_loop(first, last, lambda unit, seen: _add_piece(plan, r, worker, warpgroup, unit, seen), (nothing, nothing))
+        step = functools.partial(_add_piece, plan, r, worker, warpgroup)
+        lax.fori_loop(first, last, step, (nothing, nothing))
         if plan.split:
             plgpu.wait_smem_to_gmem(0)
 
@@ -345,7 +348,7 @@ def _add_piece(plan: Plan, r: dict[str, Any], worker: Any, warpgroup: Any, unit:
 
 
 def _add_block(plan, r, warpgroup, buffer, limits, block, done, state):
-    """One step of the online softmax; ``limits``: of the tokens that each row sees, the segment has, and all rows see."""
+    """One step of the online softmax. ``limits``: of the tokens that each row sees, the segment has, all rows see."""
     total, peak, weight = state
     low, high, begin, end, full_begin, full_end = limits
     if plan.quantized or plan.head_dim > 128:
@@ -394,18 +397,21 @@ def _add_block(plan, r, warpgroup, buffer, limits, block, done, state):
     values = _operand(plan, r, "v", slot, warpgroup, part, (token, begin, end))
     plgpu.commit_smem()
 
+    def weigh(acc, columns):
+        plgpu.wgmma(acc, r["p_s"].at[warpgroup], values.at[:, columns])
+
+    def weighed(acc, columns):
+        weigh(acc, columns)
+        return acc[...]
+
     added = []
     for columns, old in zip(plan.columns, total, strict=True):
-
-        def multiply(acc, columns=columns):
-            return plgpu.wgmma(acc, r["p_s"].at[warpgroup], values.at[:, columns])
-
         old = old * lax.broadcast_in_dim(decay, old.shape, [0])
         if plan.in_place:
-            added.append(pl.run_state(multiply)(plgpu.ACC.init(old)))
+            added.append(pl.run_state(functools.partial(weigh, columns=columns))(plgpu.ACC.init(old)))
         else:
-            new = pl.run_scoped(lambda acc, add=multiply: (add(acc), acc[...])[1], plgpu.ACC(old.shape, jnp.float32))
-            added.append(old + new)
+            acc = plgpu.ACC(old.shape, jnp.float32)
+            added.append(old + pl.run_scoped(functools.partial(weighed, columns=columns), acc))
     plgpu.barrier_arrive(r["v_free"].at[slot])
     return tuple(added), highest, weight
 

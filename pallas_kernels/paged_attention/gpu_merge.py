@@ -117,6 +117,7 @@ def merge(
         ),
         grid=(chunks, sheets, jobs.shape[0]),
         grid_names=("chunk", "sheet", "job"),
+        kernel_name="paged_attention_merge",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         **options,
     )(out, lse, jobs)

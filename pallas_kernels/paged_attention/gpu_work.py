@@ -3,8 +3,9 @@
 A *tile* is some rows of one segment; a *unit* is a tile of one kv head, numbered ``tile * kv_heads + head``. All units'
 blocks lie in one row, unit after unit, and every worker takes an equal run of it (stream-K): whatever the lengths, all
 workers get as much, the last ones with work excepted. A unit counts for one block more than it has, for its queries and
-results. A worker's part of a unit is a *piece*. Piece ``(unit, worker)`` is stored at place ``unit + worker``: along the
-row at least one of the two grows from piece to piece, so that no two share a place, and a unit's pieces lie side by side.
+results. A worker's part of a unit is a *piece*. Piece ``(unit, worker)`` is stored at place ``unit + worker``: along
+the row at least one of the two grows from piece to piece, so that no two share a place, and a unit's pieces lie side by
+side.
 """
 
 import dataclasses
