@@ -23,7 +23,7 @@ _LAYERS, _TOKENS, _LONGEST = 4, 2**18, 8192
 
 def _case(kind: str, model: str, page_size: int, kept: str, rows: int, sequences: int, **options: Any) -> Case:
     heads, kv_heads, head_dim = MODELS[model]
-    shape = jax.ShapeDtypeStruct
+    shape: Any = jax.ShapeDtypeStruct
     pages = _TOKENS // page_size
     held = shape((_LAYERS, pages, page_size, kv_heads, head_dim), jnp.dtype(kept))
     scales = None if kept == "bfloat16" else shape((_LAYERS, pages, kv_heads, page_size), jnp.float32)

@@ -11,8 +11,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.chips import chip_of
 from pallas_kernels.paged_attention.gpu_config import ROWS, GpuConfig, heuristic, why_not
-from pallas_kernels.paged_attention.gpu_kernel import Plan, attention
+from pallas_kernels.paged_attention.gpu_kernel import attention
 from pallas_kernels.paged_attention.gpu_merge import merge
+from pallas_kernels.paged_attention.gpu_plan import Plan
 from pallas_kernels.paged_attention.gpu_work import Cut, Work, work_list
 from pallas_kernels.paged_attention.segments import Carry
 from pallas_kernels.platform import chip, platform
@@ -85,11 +86,9 @@ def attend(
             stages=stages,
             warpgroups=warpgroups,
             workers=config.workers,
-            group=group,
             kv_heads=kv_heads,
             head_dim=head_dim,
             page_size=page_size,
-            table_width=block_table.shape[1],
             dtype=query.dtype,
             kept=cache.key.dtype,
             scale=scale,

@@ -22,7 +22,6 @@ Who waits for whom (the interpreter's race detector does not see a missing wait 
   zeros, each before its own multiplication: no value that is read depends on which was first.
 """
 
-import dataclasses
 import functools
 import math
 from typing import Any
@@ -34,6 +33,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.paged_attention.gpu_config import ROWS
+from pallas_kernels.paged_attention.gpu_plan import Plan, load, tiled, transposed
 from pallas_kernels.paged_attention.gpu_work import OVERHEAD, Column, Work
 
 _LOG2E = math.log2(math.e)
@@ -43,75 +43,6 @@ _ROW, _COLUMN = _WGMMA.reduce(1), _WGMMA.reduce(0)
 # As `Layout.WGMMA`, but of tiles of 32 rows: 8 rows of 4 lanes to a warp, with 2 or 8 columns to a lane.
 _PAIRS = plgpu.Layout.TILED(plgpu.Tiling(((32, 8), (8, 8), (2,))), (-5,), (-3, -2), -1)
 _OCTETS = plgpu.Layout.TILED(plgpu.Tiling(((32, 32), (8, 32), (8,))), (-5,), (-3, -2), -1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What is known when the kernel is built."""
-
-    split: bool
-    ordered: bool
-    block: int
-    stages: int
-    warpgroups: int
-    workers: int
-    group: int
-    kv_heads: int
-    head_dim: int
-    page_size: int
-    table_width: int
-    dtype: Any
-    kept: Any  # type of the cache
-    scale: float
-    softcap: float | None
-    windowed: bool
-    rows: int  # of a warpgroup's tile that are loaded and stored, a multiple of 8
-    gathered_scales: bool
-    # Add products to sums within wgmma, which saves registers that heads of more than 128 need. The interpreter cannot.
-    # A product of zeros leaves a sum's bits either way.
-    in_place: bool
-
-    @property
-    def part(self) -> int:
-        """Tokens of a stage that one warpgroup multiplies."""
-        return self.block // self.warpgroups if self.split else self.block
-
-    @property
-    def parts(self) -> int:
-        """Parts of a stage."""
-        return self.block // self.part
-
-    @property
-    def buffers(self) -> int:
-        """Of queries: of a split launch, whose pieces are short, the next piece's are loaded meanwhile."""
-        return 2 if self.split else 1
-
-    @property
-    def sheets(self) -> int:
-        """Warpgroup tiles of rows."""
-        return 1 if self.split else self.warpgroups
-
-    @property
-    def quantized(self) -> bool:
-        return self.kept != self.dtype
-
-    @property
-    def copy(self) -> int:
-        """Tokens of one TMA."""
-        return min(self.page_size, self.part)
-
-    @property
-    def columns(self) -> list[slice]:
-        """The head in pieces that an accumulator holds."""
-        step = 64 if self.head_dim == 192 else min(self.head_dim, 128)
-        return [slice(i, i + step) for i in range(0, self.head_dim, step)]
-
-
-def tiled(width: int, dtype: Any) -> tuple:
-    """The transforms of a buffer of rows of ``width`` that wgmma and TMA share."""
-    bits = jnp.dtype(dtype).itemsize * 8
-    swizzle = plgpu.find_swizzle(width * bits)
-    return (plgpu.TilingTransform((8, 8 * swizzle // bits)), plgpu.SwizzleTransform(swizzle))
 
 
 def attention(plan: Plan, work: Work, operands: dict[str, Any], *, interpret: Any) -> Any:
@@ -126,7 +57,7 @@ def attention(plan: Plan, work: Work, operands: dict[str, Any], *, interpret: An
     if plan.ordered:
         out_type["peak"] = jax.ShapeDtypeStruct((places, w, plan.rows), jnp.float32)
     pages = plan.block // plan.copy
-    scratch = {
+    scratch: dict[str, Any] = {
         "q_s": plgpu.SMEM((plan.buffers, plan.sheets, ROWS, d), t, transforms=tiled(d, t)),
         "k_s": plgpu.SMEM((plan.stages, plan.parts, plan.part, d), plan.kept, transforms=tiled(d, plan.kept)),
         "v_s": plgpu.SMEM((plan.stages, plan.parts, plan.part, d), plan.kept, transforms=tiled(d, plan.kept)),
@@ -184,7 +115,7 @@ def _kernel(plan: Plan, r: dict[str, Any]) -> None:
     nothing = jnp.int32(0)
 
     @pl.when(warpgroup == plan.warpgroups)
-    def _load():
+    def _():
         if plan.warpgroups == 2:
             plgpu.set_max_registers(40, action="decrease")
 
@@ -208,7 +139,7 @@ def _kernel(plan: Plan, r: dict[str, Any]) -> None:
                 plgpu.barrier_wait(r["v_free"].at[slot])
 
     @pl.when(warpgroup < plan.warpgroups)
-    def _compute():
+    def _():
         if plan.warpgroups == 2:
             plgpu.set_max_registers(232, action="increase")
         step = functools.partial(_add_piece, plan, r, worker, warpgroup)
@@ -247,7 +178,7 @@ def _load_piece(plan: Plan, r: dict[str, Any], worker: Any, unit: Any, seen: Any
     base = r["layer_pages"][0]
 
     @pl.when(begin < end)
-    def _queries():
+    def _():
         buffer = lax.rem(seen[0], jnp.int32(plan.buffers))
 
         @pl.when(seen[0] >= plan.buffers)
@@ -321,7 +252,7 @@ def _add_piece(plan: Plan, r: dict[str, Any], worker: Any, warpgroup: Any, unit:
             return r["tiles"][tile, column]
 
         sheet = 0 if plan.split else warpgroup
-        position = _load(r["position"].at[tile, sheet], _ROW)
+        position = load(r["position"].at[tile, sheet], _ROW)
         low = jnp.maximum(position - r["limits"][1] + 1, at(Column.BEGIN)) if plan.windowed else at(Column.BEGIN)
         high = jnp.minimum(position + 1, at(Column.END))
         if plan.ordered:
@@ -364,12 +295,12 @@ def _add_block(plan, r, warpgroup, buffer, limits, block, done, state):
     keys = _operand(plan, r, "k", slot, warpgroup, part)
 
     def multiply(acc):
-        plgpu.wgmma(acc, r["q_s"].at[buffer, sheet], _transposed(keys))
+        plgpu.wgmma(acc, r["q_s"].at[buffer, sheet], transposed(keys))
         return acc[...]
 
     logits = pl.run_scoped(multiply, plgpu.ACC((ROWS, plan.part), jnp.float32))
     if plan.quantized:
-        scale = _load(r["k_scale_s"].at[slot, part], _COLUMN)
+        scale = load(r["k_scale_s"].at[slot, part], _COLUMN)
         logits = logits * lax.broadcast_in_dim(scale, logits.shape, [1])
     plgpu.barrier_arrive(r["k_free"].at[slot])
     if plan.softcap is None:
@@ -390,7 +321,7 @@ def _add_block(plan, r, warpgroup, buffer, limits, block, done, state):
     weight = weight * decay + p.sum(axis=1)
     plgpu.barrier_wait(r["v_loaded"].at[slot])
     if plan.quantized:
-        scale = _load(r["v_scale_s"].at[slot, part], _COLUMN)
+        scale = load(r["v_scale_s"].at[slot, part], _COLUMN)
         # The scale of a token that is not seen may be NaN.
         p = jnp.where(p > 0, p * lax.broadcast_in_dim(scale, p.shape, [1]), 0.0)
     r["p_s"][warpgroup] = p.astype(plan.dtype)
@@ -433,7 +364,7 @@ def _operand(plan, r, name, slot, warpgroup, part, keep=None):
     def widen(i, _):  # a loop, not unrolled: its addresses would take registers
         for c in range(0, plan.head_dim, width):
             at = (pl.ds(pl.multiple_of(first + i * step, step), step), pl.ds(c, width))
-            narrow = _load(r[f"{name}_s"].at[(slot, part, *at)], _OCTETS)
+            narrow = load(r[f"{name}_s"].at[(slot, part, *at)], _OCTETS)
             if plan.kept != jnp.int8:  # Hopper converts float8 to float16 only
                 narrow = narrow.astype(jnp.float16).astype(jnp.float32)
             wide[at] = narrow.astype(plan.dtype)
@@ -462,7 +393,7 @@ def _clean(plan, ref, first, size, keep):
             at = plgpu.broadcasted_iota(jnp.int32, (step, 64), 0, layout=_PAIRS) + (token + row)
             for c in range(0, plan.head_dim, 64):
                 piece = ref.at[pl.ds(row, step), pl.ds(c, 64)]
-                value = _load(piece, _PAIRS)
+                value = load(piece, _PAIRS)
                 piece[...] = jnp.where((at >= begin) & (at < end), value, jnp.zeros_like(value))
 
         lax.fori_loop(0, size // step, zero, None)
@@ -503,18 +434,6 @@ def _store(plan: Plan, r: dict[str, Any], warpgroup: Any, place: Any, state: Any
 
 
 def _carried(plan: Plan, r: dict[str, Any], unit: Any, sheet: Any) -> Any:
-    total = tuple(_load(r["carry_total"].at[unit, sheet, :, c], _WGMMA) for c in plan.columns)
-    peak = _load(r["carry_peak"].at[unit, sheet], _ROW)
-    return total, jnp.maximum(peak, LOW), _load(r["carry_weight"].at[unit, sheet], _ROW)
-
-
-def _load(ref: Any, layout: Any) -> Any:
-    """The array that a reference refers to, laid out over the warpgroup's registers."""
-    # JAX 0.10 wants an index of its own.
-    index = () if hasattr(plgpu, "InterpretGPUParams") else ((),)
-    return plgpu.load(ref, *index, layout=layout, optimized=False)
-
-
-def _transposed(ref: Any) -> Any:
-    # JAX 0.10 has a function for it.
-    return ref.transpose((1, 0)) if hasattr(plgpu, "InterpretGPUParams") else plgpu.transpose_ref(ref, (1, 0))
+    total = tuple(load(r["carry_total"].at[unit, sheet, :, c], _WGMMA) for c in plan.columns)
+    peak = load(r["carry_peak"].at[unit, sheet], _ROW)
+    return total, jnp.maximum(peak, LOW), load(r["carry_weight"].at[unit, sheet], _ROW)

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.paged_attention.gpu_config import ROWS
 from pallas_kernels.paged_attention.gpu_kernel import LOW
+from pallas_kernels.paged_attention.gpu_plan import load
 
 _WGMMA = plgpu.Layout.WGMMA
 _ROW = _WGMMA.reduce(1)
@@ -66,8 +67,8 @@ def merge(
             slot = lax.rem(i, jnp.int32(_SLOTS))
             plgpu.barrier_wait(barrier.at[slot])
             # Rows that were not stored hold anything; they stay in their own rows.
-            one = plgpu.load(o_s.at[slot], layout=_WGMMA, optimized=False)
-            its = plgpu.load(l_s.at[slot], layout=_ROW, optimized=False)
+            one = load(o_s.at[slot], _WGMMA)
+            its = load(l_s.at[slot], _ROW)
             highest = jnp.maximum(peak, its)
             decay, factor = jnp.exp2(peak - highest), jnp.exp2(its - highest)
             # A piece that saw nothing in a row stored 0 there.

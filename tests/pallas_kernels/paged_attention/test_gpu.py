@@ -13,13 +13,21 @@ from pallas_kernels.paged_attention.gpu import GpuConfig
 from pallas_kernels.paged_attention.segments import Carry, Segments, decode_segments
 from pallas_kernels.platform import platform
 
-needs_interpreter = pytest.mark.skipif(
-    platform() != "gpu" and not hasattr(plgpu, "InterpretGPUParams"),
-    reason="JAX 0.10 has no interpreter of Mosaic GPU kernels",
-)
+
+@pytest.fixture(params=["interpreter", pytest.param("gpu", marks=pytest.mark.gpu)])
+def machine(request):
+    """Where the kernels run: everything below runs on a GPU as well."""
+    if request.param == "gpu" and platform() != "gpu":
+        pytest.skip("there is no GPU")
+    if request.param == "interpreter" and platform() == "gpu":
+        pytest.skip("the kernels run on the GPU itself")
+    if request.param == "interpreter" and not hasattr(plgpu, "InterpretGPUParams"):
+        pytest.skip("JAX 0.10 has no interpreter of Mosaic GPU kernels")
+
+
 SMALL = GpuConfig(block=128, wide_block=64, workers=3, least=1)
 NARROW = GpuConfig(block=64, warpgroups=1, wide_block=64, workers=3, least=1)
-LENGTHS = (0, 1, 15, 16, 17, 128, 129, 300)
+LENGTHS = (0, 1, 15, 16, 17, 128, 129, 200)
 
 
 @dataclasses.dataclass
@@ -124,7 +132,7 @@ def check(case, config=SMALL, **options):
     agree(case.run("gpu", config=config, **options), wanted)
 
 
-@needs_interpreter
+@pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize(
     ("config", "sizes", "options"),
     [
@@ -133,7 +141,7 @@ def check(case, config=SMALL, **options):
         (SMALL, {"group": 16, "kv_heads": 1, "starts": (0, 0, 0, 0, 16, 112, 112, 16)}, {"window": jnp.int32(90)}),
         (SMALL, {"kept": jnp.int8, "group": 2}, {"scale": 0.1}),
         (SMALL, {"kept": jnp.float8_e4m3fn, "page_size": 32, "head_dim": 128, "group": 2}, {}),
-        (NARROW, {"lengths": (40, 300), "head_dim": 192, "page_size": 128, "group": 3}, {}),
+        (NARROW, {"lengths": (40, 200), "head_dim": 192, "page_size": 128, "group": 3}, {}),
     ],
     ids=["bf16", "f16-window-softcap", "starts-traced-window", "int8", "fp8", "head192"],
 )
@@ -141,12 +149,12 @@ def test_decodes(config, sizes, options):
     check(make(**sizes), config, **options)
 
 
-@needs_interpreter
+@pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize(
     ("sizes", "options"),
     [
-        ({"lengths": (0, 1, 40, 18, 250), "new": (0, 1, 40, 2, 130), "starts": (0, 0, 0, 16, 112)}, {}),
-        ({"lengths": (70, 200), "new": (70, 90), "group": 3, "head_dim": 128}, {"window": jnp.int32(33)}),
+        ({"lengths": (0, 1, 40, 18, 160), "new": (0, 1, 40, 2, 3), "starts": (0, 0, 0, 16, 112)}, {}),
+        ({"lengths": (30, 140), "new": (30, 50), "group": 3, "head_dim": 128}, {"window": jnp.int32(33)}),
         ({"lengths": (70, 129), "new": (70, 1), "kept": jnp.int8, "kv_heads": 1}, {}),
         (
             {"lengths": (90, 40), "new": (33, 40), "kept": jnp.float8_e4m3fn, "page_size": 64, "kv_heads": 1},
@@ -159,7 +167,7 @@ def test_prefills_and_decodes(sizes, options):
     check(make(**sizes), **options)
 
 
-@needs_interpreter
+@pytest.mark.usefixtures("machine")
 def test_nodes_of_a_prefix_tree():
     """Many rows against a shared run of tokens, and every row's own tokens, in one call; rows out of order."""
     case = make((150, 30, 40, 0), kv_heads=1)
@@ -199,10 +207,10 @@ def test_nodes_of_a_prefix_tree():
     agree(got, [x[written] for x in run("reference", query.astype(jnp.float32))])
 
 
-@needs_interpreter
+@pytest.mark.usefixtures("machine")
 def test_order_is_kept_bit_for_bit():
     """Ordered: a row alone, in company, among many rows, and with its tokens in two calls."""
-    case = make((300, 1, 150), kv_heads=1, group=2)
+    case = make((200, 1, 150), kv_heads=1, group=2)
 
     def run(query, position, segments, carry=None, decode=True):
         return gpu.attend(
@@ -254,9 +262,9 @@ def test_order_is_kept_bit_for_bit():
     assert isinstance(together, Carry)
 
 
-@needs_interpreter
+@pytest.mark.usefixtures("machine")
 def test_mutants_are_caught(monkeypatch):
-    case = make((40, 300), kv_heads=1, group=2)
+    case = make((40, 200), kv_heads=1, group=2)
     wanted = case.run("reference", case.query.astype(jnp.float32))
     swapped = dataclasses.replace(
         case, table=case.table.at[1, :2].set(case.table[1, 1::-1]).at[1, 3].set(case.table[1, 9])
@@ -271,6 +279,17 @@ def test_mutants_are_caught(monkeypatch):
 
     monkeypatch.setattr(gpu, "merge", forgetful)
     assert differs(case.run("gpu", config=SMALL), wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kept", [None, jnp.int8, jnp.float8_e4m3fn], ids=["bf16", "int8", "fp8"])
+@pytest.mark.parametrize(("group", "head_dim", "page_size"), [(4, 128, 64), (8, 128, 16), (2, 256, 128), (1, 64, 16)])
+@pytest.mark.parametrize("new", [None, (1, 1, 700, 64, 1)], ids=["decode", "ragged"])
+def test_at_full_size(new, group, head_dim, page_size, kept):
+    """The configuration that the heuristic chooses, skewed lengths."""
+    if platform() != "gpu":
+        pytest.skip("there is no GPU")
+    check(make((9000, 90, 3000, 64, 1), new, group=group, head_dim=head_dim, page_size=page_size, kept=kept), None)
 
 
 def test_refuses_what_does_not_fit():
