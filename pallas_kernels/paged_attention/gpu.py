@@ -22,6 +22,7 @@ from pallas_kernels.tuning import tuned_config
 __all__ = ["GpuConfig", "attend", "finish", "heuristic", "why_not"]
 
 _LN2 = math.log(2.0)
+_FEW = 16  # rows, times heads of a group, of a segment of few rows
 
 
 def attend(
@@ -42,12 +43,12 @@ def attend(
     config=None,
 ):
     """See `pallas_kernels.paged_attention.segments`. A carry's ``peak`` is a logarithm to the base of 2."""
-    interpret = _interpret()
     heads, head_dim = query.shape[1:]
     layers, pages, page_size, kv_heads, _ = cache.key.shape
     group = heads // kv_heads
     config = _config(query, cache, block_table) if config is None else config
     config.check(cache, ordered=ordered)
+    interpret = _interpret()
     common = {
         # Merging the outer axes is a change of shape alone, and TMA has five axes at most.
         "key": cache.key.reshape(layers * pages, page_size, kv_heads, head_dim),
@@ -136,9 +137,10 @@ def attend(
         return _ordered_result(work, result, place, carry, kv_heads)
     if decode:
         return _result([launch(True, count > 0, count.size, 1, -(-group // 8) * 8)], place, kv_heads, group)
-    few = ROWS // group
+    # Decodes among prefills (and the few rows of a speculation): more rows would store more than they save.
+    few = max(1, _FEW // group)
     many = min(count.size, outputs // (few + 1))
-    parts = [launch(True, (count > 0) & (count <= few), count.size, few, ROWS)]
+    parts = [launch(True, (count > 0) & (count <= few), count.size, few, -(-few * group // 8) * 8)]
     if many:
         parts.append(launch(False, count > few, wide_tiles(many), wide_rows, ROWS))
     return _result(parts, place, kv_heads, group)

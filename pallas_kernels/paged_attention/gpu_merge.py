@@ -53,7 +53,7 @@ def merge(
         def fetch(i):
             slot = lax.rem(i, jnp.int32(_SLOTS))
             piece = first + i * step
-            plgpu.copy_gmem_to_smem(out_ref.at[piece, :, columns], o_s.at[slot, stored], barrier.at[slot])
+            plgpu.copy_gmem_to_smem(out_ref.at[piece, :, columns], o_s.at[pl.ds(slot * rows, rows)], barrier.at[slot])
             plgpu.copy_gmem_to_smem(lse_ref.at[piece], l_s.at[slot, stored], barrier.at[slot])
 
         for i in range(_SLOTS):
@@ -66,8 +66,8 @@ def merge(
             total, peak, weight = state
             slot = lax.rem(i, jnp.int32(_SLOTS))
             plgpu.barrier_wait(barrier.at[slot])
-            # Rows that were not stored hold anything; they stay in their own rows.
-            one = load(o_s.at[slot], _WGMMA)
+            # Rows beyond the stored ones hold anything (the next slots); they stay in their own rows.
+            one = load(o_s.at[pl.ds(slot * rows, ROWS)], _WGMMA)
             its = load(l_s.at[slot], _ROW)
             highest = jnp.maximum(peak, its)
             decay, factor = jnp.exp2(peak - highest), jnp.exp2(its - highest)
@@ -93,10 +93,10 @@ def merge(
             state = (fill((ROWS, width), 0.0, _WGMMA), fill((ROWS,), LOW, _ROW), fill((ROWS,), 0.0, _ROW))
             total, peak, weight = lax.fori_loop(0, count, add, state)
             safe = jnp.where(weight > 0, weight, 1.0)
-            o_s[0] = total * lax.broadcast_in_dim(1.0 / safe, total.shape, [0])
+            o_s[:ROWS] = total * lax.broadcast_in_dim(1.0 / safe, total.shape, [0])
             l_s[0] = jnp.where(weight > 0, peak + jnp.log2(safe), -jnp.inf)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(o_s.at[0, stored], to_ref.at[job, sheet, :, columns])
+            plgpu.copy_smem_to_gmem(o_s.at[stored], to_ref.at[job, sheet, :, columns])
 
             @pl.when(chunk == 0)
             def _():
@@ -112,7 +112,7 @@ def merge(
             jax.ShapeDtypeStruct((jobs.shape[0], sheets, rows), jnp.float32),
         ),
         scratch_types=(
-            plgpu.SMEM((_SLOTS, ROWS, width), jnp.float32),
+            plgpu.SMEM((_SLOTS * rows + ROWS - rows, width), jnp.float32),
             plgpu.SMEM((_SLOTS, ROWS), jnp.float32),
             plgpu.Barrier(num_arrivals=2, num_barriers=_SLOTS),
         ),
