@@ -12,6 +12,7 @@ from pallas_kernels.paged_attention import PagedCache, core, gpu, paged_attentio
 from pallas_kernels.paged_attention.gpu import GpuConfig
 from pallas_kernels.paged_attention.segments import Carry, Segments, decode_segments
 from pallas_kernels.platform import platform
+from pallas_kernels.shared_prefix_attention import Crossover, make_plan, shared_prefix_attention
 
 
 @pytest.fixture(params=["interpreter", pytest.param("gpu", marks=pytest.mark.gpu)])
@@ -205,6 +206,37 @@ def test_nodes_of_a_prefix_tree():
     written = jnp.r_[0:17, 19:39]
     got = [x[written] for x in run("gpu", query, config=SMALL)]
     agree(got, [x[written] for x in run("reference", query.astype(jnp.float32))])
+
+
+@pytest.mark.usefixtures("machine")
+@pytest.mark.parametrize("invariant", [False, True])
+def test_shared_prefixes(invariant):
+    """Through the public function: a prefix of 128 tokens below three sequences; invariant: to the bit as without."""
+    case = make((150, 130, 200), kv_heads=1, group=2)
+    table = case.table.at[1:, :8].set(case.table[0, :8])
+    case = dataclasses.replace(case, table=table)
+    granularity = {"granularity": 128} if invariant else {}
+    plan = make_plan(
+        np.asarray(table), np.asarray(case.lengths), page_size=16, rows=3, crossover=Crossover.always(), **granularity
+    )
+    assert plan.levels > 0
+    shared = shared_prefix_attention(
+        case.query,
+        case.cache,
+        1,
+        table,
+        case.lengths,
+        plan,
+        return_lse=True,
+        invariant=invariant,
+        implementation="gpu",
+        config=SMALL,
+    )
+    agree(shared, case.run("reference", case.query.astype(jnp.float32)))
+    if invariant:
+        alone = case.run("gpu", invariant=True, config=SMALL)
+        np.testing.assert_array_equal(alone[0].astype(jnp.float32), shared[0].astype(jnp.float32))
+        np.testing.assert_array_equal(alone[1], shared[1])
 
 
 @pytest.mark.usefixtures("machine")
