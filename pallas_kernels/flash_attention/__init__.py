@@ -3,6 +3,7 @@
 import functools
 import importlib
 import importlib.util
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 import jax
@@ -24,6 +25,7 @@ Implementation = Literal["auto", "xla", "gpu", "tpu", "cudnn", "splash", "refere
 _WANTED = {"gpu": ("cudnn", "gpu"), "tpu": ("tpu", "splash")}
 # Kernels of others, for causal self-attention alone: they return no log-sum-exp and take no intervals.
 _PEERS = {"cudnn": cudnn, "splash": splash}
+_OWN = ("xla", "gpu", "tpu")
 # Opaque to the partitioner, so each device is given its own part.
 _OPAQUE = ("gpu", "tpu")
 
@@ -82,39 +84,61 @@ def flash_attention(
     if intervals is None:
         intervals = self_intervals(query.shape[1], window, segment_ids)
 
-    def why_not(name: str) -> str | None:
-        if name not in _PEERS:
-            return backend(name).why_not(query, key, value, softcap=softcap, config=config)
+    def peer_why_not(name: str) -> str | None:
         if not causal or return_lse:
-            return f"{'return_lse' if return_lse else 'intervals'} cannot be given to a kernel that is not ours"
+            return f"{'intervals' if not causal else 'return_lse'} cannot be given to a kernel that is not ours"
         return _PEERS[name].why_not(query, window, softcap)
 
-    if implementation == "auto":
-        wanted = [name for name in _WANTED.get(platform(), ()) if name in _PEERS or _built(name)]
-        implementation = choose(  # type: ignore[assignment]
-            "flash_attention",
-            {name: functools.partial(why_not, name) for name in wanted} | {"xla": lambda: None},
-        )
-    elif implementation != "reference" and (reason := why_not(implementation)) is not None:
-        raise ValueError(f"implementation={implementation!r} does not support this: {reason}")
-    if implementation in _PEERS:
-        function = functools.partial(
-            _PEERS[implementation].flash_attention, window=window, scale=scale, softcap=softcap
-        )
-        operands = (query, key, value, segment_ids)
-        return on_shards(lambda q, k, v, segments: function(q, k, v, segment_ids=segments), operands, query)
+    peers = {name: functools.partial(peer_why_not, name) for name in _PEERS}
     if implementation == "reference":
         out, lse = reference.flash_attention(query, key, value, intervals, scale=scale, softcap=softcap)
-    else:
-        band = _band(intervals, query.shape[1], window, causal) if implementation == "xla" else None
-        call = Call(backend(implementation), scale, softcap, config, implementation in _OPAQUE, band)
-        out, lse = attend(call, query, key, value, jnp.asarray(intervals))
+        return (out, lse) if return_lse else out
+    name = _chosen(implementation, query, key, value, softcap, config, peers)
+    if name in _PEERS:
+        function = functools.partial(_PEERS[name].flash_attention, window=window, scale=scale, softcap=softcap)
+        operands = (query, key, value, segment_ids)
+        return on_shards(lambda q, k, v, segments: function(q, k, v, segment_ids=segments), operands, query)
+    band = _band(intervals, query.shape[1], window, causal) if name == "xla" else None
+    call = Call(backend(name), scale, softcap, config, name in _OPAQUE, band)
+    out, lse = attend(call, query, key, value, jnp.asarray(intervals))
     return (out, lse) if return_lse else out
 
 
 def backend(name: str) -> Backend:
     """The module of an implementation of ours; imported when it is first wanted, since its compiler may be absent."""
     return importlib.import_module(f"pallas_kernels.flash_attention.{name}")  # type: ignore[return-value]
+
+
+def own_backend(implementation: str, query: Any, key: Any, value: Any, *, softcap: float | None) -> str:
+    """The name of the `backend` that ``implementation`` is, or that ``auto`` takes, for those who call it themselves.
+
+    Raises:
+      ValueError: it is not one of ours, or does not support the case.
+    """
+    if implementation not in ("auto", *_OWN):
+        raise ValueError(f"implementation={implementation!r}; choose auto, {', '.join(_OWN)}")
+    return _chosen(implementation, query, key, value, softcap, None, {})
+
+
+def _chosen(
+    implementation: str,
+    query: Any,
+    key: Any,
+    value: Any,
+    softcap: float | None,
+    config: Any,
+    peers: Mapping[str, Callable[[], str | None]],
+) -> str:
+    def why_not(name: str) -> str | None:
+        return backend(name).why_not(query, key, value, softcap=softcap, config=config)
+
+    reasons = {name: functools.partial(why_not, name) for name in _OWN} | dict(peers)
+    if implementation == "auto":
+        wanted = [x for x in _WANTED.get(platform(), ()) if x in peers or (x in _OWN and _built(x))]
+        return choose("flash_attention", {name: reasons[name] for name in (*wanted, "xla")})
+    if (reason := reasons[implementation]()) is not None:
+        raise ValueError(f"implementation={implementation!r} does not support this: {reason}")
+    return implementation
 
 
 @functools.cache
@@ -147,4 +171,4 @@ def _check(query: Any, key: Any, value: Any, segment_ids: Any, window: Any, inte
             raise ValueError(f"intervals has shape {intervals.shape}; it must be {(batch, queries, 2)} or a batch of 1")
 
 
-__all__ = ["Backend", "Implementation", "backend", "flash_attention"]
+__all__ = ["Backend", "Implementation", "backend", "flash_attention", "own_backend"]

@@ -10,8 +10,9 @@ class Backend(Protocol):
     """A module of this package (``xla``, ``gpu``, ``tpu``).
 
     Arrays lie on one device and may have any length: padding and clipping are the backend's. Query heads
-    ``g * n .. g * n + n - 1`` share key/value head ``g``. ``intervals``: see `pallas_kernels.flash_attention.intervals`;
-    its batch may be 1. A row that sees nothing has output 0, log-sum-exp -inf and gradient 0. Sums are in float32.
+    ``g * n .. g * n + n - 1`` share key/value head ``g``. The batch of intervals, which are explained in
+    `pallas_kernels.flash_attention.intervals`, may be 1. A row that sees nothing has output 0, log-sum-exp -inf and
+    gradient 0. Sums are in float32.
     """
 
     @staticmethod

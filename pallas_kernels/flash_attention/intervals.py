@@ -1,8 +1,8 @@
 """Masks as one interval of keys for each query: causality, windows, lengths and packed documents are all of this kind.
 
 Row ``i`` sees keys ``start <= j < stop``; where ``start >= stop`` it sees nothing. An array of intervals is
-``[batch, queries, 2]``, or ``[1, queries, 2]`` if all of the batch have the same. NumPy arrays in give NumPy arrays out,
-so what is static stays static; anything traced gives JAX arrays.
+``[batch, queries, 2]``, or ``[1, queries, 2]`` if all of the batch have the same. NumPy arrays in give NumPy arrays
+out, so what is static stays static; anything traced gives JAX arrays.
 """
 
 from typing import Any, NamedTuple

@@ -172,7 +172,7 @@ _Sums = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def _unrolled(config: XlaConfig, band: Band, queries: int, keys: int) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Blocks of queries, and the keys that each may see: at least one, since arrays of no elements are to be avoided."""
+    """Blocks of queries, and the keys that each may see: at least one key, since empty arrays are to be avoided."""
     blocks = []
     for start in range(0, queries, config.block):
         stop = min(start + config.block, queries)
