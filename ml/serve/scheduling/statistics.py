@@ -1,0 +1,26 @@
+"""What the scheduler counts."""
+
+import dataclasses
+
+
+@dataclasses.dataclass
+class Statistics:
+    """Counts since the start, in tokens where nothing else is said.
+
+    Attributes:
+      steps: dispatches.
+      prompt: of prompts, per sample, that were admitted for the first time.
+      cached: of those, found in the cache.
+      prefilled: fed otherwise than one by one, what preemption made necessary included.
+      decoded: drawn.
+      preemptions: sequences that lost their pages.
+      peak_pages: most pages that sequences held at once.
+    """
+
+    steps: int = 0
+    prompt: int = 0
+    cached: int = 0
+    prefilled: int = 0
+    decoded: int = 0
+    preemptions: int = 0
+    peak_pages: int = 0

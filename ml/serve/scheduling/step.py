@@ -1,0 +1,72 @@
+"""What the scheduler hands to the device, and what it says of the results."""
+
+import array
+import dataclasses
+
+from ml.serve.scheduling.request import FinishReason, Sequence
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Row:
+    """One sequence's part in a step.
+
+    Attributes:
+      sequence: whose it is.
+      slot: the sequence's number among those that run; the device keeps the last token it drew under this number.
+      table: pages of the sequence, those to be written included.
+      start: position of the first token fed.
+      tokens: the tokens fed; empty: one, the last that was drawn in this slot, which the host may not know yet.
+      samples: tokens to draw, at most `Step.decode_steps`; 0: a chunk of a prompt that goes on. The first is drawn
+        after the last token fed; each further one after the one before it.
+      number: tokens drawn for this sequence before.
+    """
+
+    sequence: Sequence
+    slot: int
+    table: "array.array[int]"
+    start: int
+    tokens: "array.array[int]"
+    samples: int
+    number: int
+
+    @property
+    def fed(self) -> int:
+        """Tokens fed in the first forward pass."""
+        return len(self.tokens) or 1
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Step:
+    """One dispatch. Steps run in the order in which they were handed out; each sees what those before it wrote.
+
+    Attributes:
+      number: counts steps.
+      rows: those that decode come first.
+      copies: pages ``(from, to)`` to copy before anything is written; no page is both.
+      decode_steps: forward passes: 1, or, if all rows decode, more; a row takes part in its first ``samples`` ones.
+    """
+
+    number: int
+    rows: tuple[Row, ...]
+    copies: tuple[tuple[int, int], ...]
+    decode_steps: int
+
+    @property
+    def fed(self) -> int:
+        """Tokens fed in the first forward pass."""
+        return sum(row.fed for row in self.rows)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Update:
+    """News of a sequence.
+
+    Attributes:
+      sequence: whose.
+      tokens: drawn tokens that became known, a stop token included.
+      finish_reason: ``None``: it goes on.
+    """
+
+    sequence: Sequence
+    tokens: tuple[int, ...]
+    finish_reason: FinishReason | None
