@@ -1,31 +1,25 @@
-"""Attention over a key/value cache, as two strategies: one fills the cache with prompts, the other extends it."""
+"""Attention over a paged key/value cache: one strategy fills it with prompts, the other extends and reads it."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from ml.models import AttentionLayer, TransformerConfig
-from pallas_kernels.flash_attention import Implementation, flash_attention
+from pallas_kernels import flash_attention as flash
+from pallas_kernels.flash_attention import flash_attention
+from pallas_kernels.paged_attention import Implementation, PagedCache, paged_attention, slots, write
+from pallas_kernels.paged_attention.segments import ragged_positions
+from pallas_kernels.shared_prefix_attention import SharedPrefixPlan, shared_prefix_attention
 
 
-@flax.struct.dataclass
-class KVCache:
-    """Keys (rotated) and values of every layer: one array per kind, carried through the layer loop, updated in place.
-
-    Here a sequence owns one page, so that page ``b`` is row ``b`` of the batch.
-    """
-
-    key: Float[Array, "layers pages page_size kv_heads head_dim"]
-    value: Float[Array, "layers pages page_size kv_heads head_dim"]
-
-    @classmethod
-    def zeros(cls, config: TransformerConfig, pages: int, page_size: int, dtype: Any) -> "KVCache":
-        """An empty cache; ``dtype`` is that of the activations."""
-        shape = (config.num_layers, pages, page_size, config.num_kv_heads, config.head_dim)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+def empty_cache(config: TransformerConfig, pages: int, page_size: int, dtype: Any) -> PagedCache:
+    """Room for ``pages * page_size`` tokens of all layers; ``dtype`` is that of the activations, or a quantized one."""
+    return PagedCache.zeros(config.num_layers, pages, page_size, config.num_kv_heads, config.head_dim, dtype)
 
 
 @flax.struct.dataclass
@@ -33,23 +27,24 @@ class PrefillAttention:
     """Causal attention within each row, which starts at position 0, and stores the keys and values on the way.
 
     Rows may be padded on the right: no real token sees the padding, and what the padding leaves in the cache is
-    overwritten by `DecodeAttention` before it comes into sight.
+    overwritten by `PagedAttention` before it comes into sight.
 
     Attributes:
+      block_table: the pages of each row; a token beyond them is not stored.
       implementation: see `pallas_kernels.flash_attention`.
     """
 
-    implementation: Implementation = flax.struct.field(pytree_node=False, default="auto")
+    block_table: Int[Array, "batch pages_per_sequence"]
+    implementation: flash.Implementation = flax.struct.field(pytree_node=False, default="auto")
 
     def attend(
-        self, layer: AttentionLayer, query: jax.Array, key: jax.Array, value: jax.Array, state: KVCache
-    ) -> tuple[jax.Array, KVCache]:
-        """See `ml.models.AttentionStrategy.attend`; the rows' length is at most the page size."""
-        corner = (layer.index, 0, 0, 0, 0)
-        state = KVCache(
-            jax.lax.dynamic_update_slice(state.key, key[None].astype(state.key.dtype), corner),
-            jax.lax.dynamic_update_slice(state.value, value[None].astype(state.value.dtype), corner),
-        )
+        self, layer: AttentionLayer, query: jax.Array, key: jax.Array, value: jax.Array, state: PagedCache
+    ) -> tuple[jax.Array, PagedCache]:
+        """See `ml.models.AttentionStrategy.attend`."""
+        batch, length = query.shape[:2]
+        row, position = jnp.repeat(jnp.arange(batch), length), jnp.tile(jnp.arange(length), batch)
+        where = slots(self.block_table, row, position, state.page_size)
+        state = write(state, layer.index, _rows(key), _rows(value), where)
         out = flash_attention(
             query,
             key,
@@ -63,49 +58,61 @@ class PrefillAttention:
 
 
 @flax.struct.dataclass
-class DecodeAttention:
-    """Stores the keys and values of new tokens, then attends to everything that their row's page holds up to them.
+class PagedAttention:
+    """Stores the keys and values of new tokens, then attends to everything that the cache holds of their sequences.
+
+    The tokens of all sequences follow one another, whatever the shape ``[batch, length]`` that the model gives them: a
+    decode step is ``[sequences, 1]``, a ragged mix of prefill chunks and decodes ``[1, tokens]``.
 
     Attributes:
-      positions: where in its row each new token stands; those of one row differ. A token beyond the page is not stored.
+      block_table: the pages of each sequence; a token beyond them is not stored.
+      lengths: tokens of each sequence, the new ones included; 0: an empty slot.
+      query_starts: see `pallas_kernels.paged_attention.paged_attention`; ``None``: one new token per sequence.
+      plan: what the sequences share, read once for all of them; ``None``: each reads its own.
+      invariant: see `pallas_kernels.paged_attention.paged_attention`.
+      implementation: likewise.
     """
 
-    positions: Int[Array, "batch length"]
+    block_table: Int[Array, "sequences pages_per_sequence"]
+    lengths: Int[Array, " sequences"]
+    query_starts: Int[Array, " sequences+1"] | None = None
+    plan: SharedPrefixPlan | None = None
+    invariant: bool = flax.struct.field(pytree_node=False, default=False)
+    implementation: Implementation = flax.struct.field(pytree_node=False, default="auto")
 
     def attend(
-        self, layer: AttentionLayer, query: jax.Array, key: jax.Array, value: jax.Array, state: KVCache
-    ) -> tuple[jax.Array, KVCache]:
+        self, layer: AttentionLayer, query: jax.Array, key: jax.Array, value: jax.Array, state: PagedCache
+    ) -> tuple[jax.Array, PagedCache]:
         """See `ml.models.AttentionStrategy.attend`."""
-        rows = jnp.arange(query.shape[0])[:, None]
+        rows = _rows(query)
+        sequence, position = self._places(rows.shape[0])
+        where = slots(self.block_table, sequence, position, state.page_size)
+        state = write(state, layer.index, _rows(key), _rows(value), where)
+        attend: Callable[..., jax.Array] = paged_attention
+        if self.plan is not None:
+            attend = functools.partial(shared_prefix_attention, plan=self.plan)
+        out = attend(
+            rows,
+            state,
+            layer.index,
+            self.block_table,
+            self.lengths,
+            query_starts=self.query_starts,
+            window=layer.window,
+            scale=layer.scale,
+            softcap=layer.softcap,
+            invariant=self.invariant,
+            implementation=self.implementation,
+        )
+        return out.reshape(query.shape), state
 
-        def store(cache: jax.Array, new: jax.Array) -> jax.Array:
-            where = cache.at[layer.index, rows, self.positions]
-            return where.set(new.astype(cache.dtype), mode="drop", unique_indices=True)
-
-        state = KVCache(store(state.key, key), store(state.value, value))
-        keys = jax.lax.dynamic_index_in_dim(state.key, layer.index, keepdims=False)
-        values = jax.lax.dynamic_index_in_dim(state.value, layer.index, keepdims=False)
-        return _attend(query, keys, values, self.positions, layer), state
+    def _places(self, rows: int) -> tuple[Int[Array, " rows"], Int[Array, " rows"]]:
+        """Sequence and position of each row; the position of a row that is nobody's is -1."""
+        if self.query_starts is None:
+            return jnp.arange(rows), self.lengths - 1
+        sequence = jnp.searchsorted(self.query_starts, jnp.arange(rows), side="right") - 1
+        return sequence, ragged_positions(self.lengths, self.query_starts, rows)
 
 
-def _attend(
-    query: Float[Array, "batch length heads head_dim"],
-    keys: Float[Array, "batch page_size kv_heads head_dim"],
-    values: Float[Array, "batch page_size kv_heads head_dim"],
-    positions: Int[Array, "batch length"],
-    layer: AttentionLayer,
-) -> Float[Array, "batch length heads head_dim"]:
-    """Grouped-query attention of a few queries with whole pages; softmax in float32."""
-    batch, length, heads, head_dim = query.shape
-    grouped = query.reshape(batch, length, keys.shape[2], heads // keys.shape[2], head_dim)
-    logits = jnp.einsum("blhgd,bkhd->bhglk", grouped, keys, preferred_element_type=jnp.float32) * layer.scale
-    if layer.softcap is not None:
-        logits = layer.softcap * jnp.tanh(logits / layer.softcap)
-    here, there = positions[:, :, None], jnp.arange(keys.shape[1])
-    visible = there <= here
-    if layer.window is not None:
-        visible &= there > here - layer.window
-    logits = jnp.where(visible[:, None, None], logits, -1e30)  # a token sees at least itself
-    weights = jax.nn.softmax(logits, axis=-1).astype(values.dtype)
-    out = jnp.einsum("bhglk,bkhd->blhgd", weights, values, preferred_element_type=jnp.float32)
-    return out.reshape(query.shape).astype(query.dtype)
+def _rows(x: jax.Array) -> jax.Array:
+    return x.reshape(-1, *x.shape[2:])

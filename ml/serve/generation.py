@@ -13,11 +13,13 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ml.errors import UserError
 from ml.models import Transformer, TransformerConfig, head_params
-from ml.serve.cached_attention import DecodeAttention, KVCache, PrefillAttention
+from ml.serve.cached_attention import PagedAttention, PrefillAttention, empty_cache
 from ml.serve.sampling import SamplingParams, SamplingRows, sample
+from pallas_kernels.paged_attention import PagedCache
 
 _NOTHING = -1  # stands for "no token" in arrays of tokens
 _SHORTEST_BUCKET = 16
+_PAGE_SIZE = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Completion:
 class Generator:
     """Continues prompts with one model.
 
-    Shapes are rounded up to powers of two (rows, prompt length, page size), so that few programs are ever compiled.
+    Shapes are rounded up to powers of two (rows, prompt length, room for text), so that few programs are ever compiled.
     """
 
     def __init__(
@@ -125,9 +127,9 @@ class Generator:
         report: Callable[[int, list[int]], None],
     ) -> list[Completion]:
         stops = [frozenset(self._stop_ids + request.stop_ids) for request in requests]
-        page_size = self._bucket(max(len(p) + r.max_tokens for p, r in zip(prompts, requests, strict=True)))
-        tokens, batch = _pad(prompts, requests, stops, self._bucket(max(map(len, prompts))))
-        cache, rows = _prefill(self._model, page_size, self._params, tokens, batch)
+        room = self._bucket(max(len(p) + r.max_tokens for p, r in zip(prompts, requests, strict=True)))
+        tokens, batch = _pad(prompts, requests, stops, self._bucket(max(map(len, prompts))), room)
+        cache, rows = _prefill(self._model, self._params, tokens, batch)
         written: list[list[int]] = [[] for _ in prompts]
         reasons: list[Literal["stop", "length"] | None] = [None] * len(prompts)
         chunk = rows.tokens[:, None]
@@ -151,8 +153,9 @@ class Generator:
 
 @flax.struct.dataclass
 class _Batch:
-    """What stays the same for a batch from step to step."""
+    """What stays the same for a batch from step to step; each row has pages of its own."""
 
+    block_table: Int[Array, "rows pages_per_row"]
     lengths: Int[Array, " rows"]
     max_tokens: Int[Array, " rows"]
     stop_ids: Int[Array, "rows stops"]
@@ -168,13 +171,13 @@ class _Rows:
     done: Bool[Array, " rows"]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=0)
 def _prefill(
-    model: Transformer, page_size: int, params: PyTree, tokens: Int[Array, "rows length"], batch: _Batch
-) -> tuple[KVCache, _Rows]:
+    model: Transformer, params: PyTree, tokens: Int[Array, "rows length"], batch: _Batch
+) -> tuple[PagedCache, _Rows]:
     """Runs the prompts and draws the first token of each row."""
-    cache = KVCache.zeros(model.config, len(tokens), page_size, model.dtype)
-    out: Any = model.apply({"params": params}, tokens, PrefillAttention(), None, cache)
+    cache = empty_cache(model.config, batch.block_table.size, _PAGE_SIZE, model.dtype)
+    out: Any = model.apply({"params": params}, tokens, PrefillAttention(batch.block_table), None, cache)
     hidden, cache, _ = out
     last = jnp.take_along_axis(hidden, (batch.lengths - 1)[:, None, None], axis=1)
     nothing_drawn = jnp.zeros_like(batch.lengths)
@@ -184,8 +187,8 @@ def _prefill(
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def _decode(
-    model: Transformer, steps: int, params: PyTree, cache: KVCache, rows: _Rows, batch: _Batch
-) -> tuple[KVCache, _Rows, Int[Array, "rows steps"]]:
+    model: Transformer, steps: int, params: PyTree, cache: PagedCache, rows: _Rows, batch: _Batch
+) -> tuple[PagedCache, _Rows, Int[Array, "rows steps"]]:
     """Draws up to ``steps`` more tokens per row; finished rows get none, and when all are finished it stops."""
 
     def unfinished(carry):
@@ -195,9 +198,10 @@ def _decode(
     def advance(carry):
         step, cache, rows, chunk = carry
         # A finished row goes on at its last place, so that shapes stay; nobody reads what it writes there.
-        positions = (batch.lengths + rows.drawn - 1)[:, None]
+        lengths = batch.lengths + rows.drawn
         tokens = jnp.maximum(rows.tokens, 0)[:, None]
-        out: Any = model.apply({"params": params}, tokens, DecodeAttention(positions), positions, cache)
+        attention = PagedAttention(batch.block_table, lengths)
+        out: Any = model.apply({"params": params}, tokens, attention, (lengths - 1)[:, None], cache)
         hidden, cache, _ = out
         rows = _draw(model, params, hidden, rows, batch)
         return step + 1, cache, rows, chunk.at[:, step].set(rows.tokens)
@@ -223,8 +227,12 @@ def _pad(
     requests: Sequence[SamplingParams],
     stops: Sequence[frozenset[int]],
     length: int,
+    room: int,
 ) -> tuple[np.ndarray, _Batch]:
-    """Prompts padded on the right to ``length`` and rows to a power of two; rows that only pad want no token."""
+    """Prompts padded on the right to ``length`` and rows to a power of two; rows that only pad want no token.
+
+    Each row gets pages for ``room`` tokens.
+    """
     count = _power_of_two(len(prompts))
     tokens = np.zeros((count, length), np.int32)
     lengths, max_tokens = np.ones(count, np.int32), np.zeros(count, np.int32)
@@ -235,7 +243,9 @@ def _pad(
         stop_ids[row, : len(stops[row])] = sorted(stops[row])
     idle = [SamplingParams(temperature=0.0)] * (count - len(prompts))
     sampling = SamplingRows.of([*requests, *idle])
-    return tokens, _Batch(jnp.asarray(lengths), jnp.asarray(max_tokens), jnp.asarray(stop_ids), sampling)
+    pages = -(-room // _PAGE_SIZE)
+    block_table = jnp.arange(count * pages, dtype=jnp.int32).reshape(count, pages)
+    return tokens, _Batch(block_table, jnp.asarray(lengths), jnp.asarray(max_tokens), jnp.asarray(stop_ids), sampling)
 
 
 def _read(new: list[int], stops: frozenset[int], room: int) -> tuple[list[int], Literal["stop", "length"] | None]:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from ml.models import MoEConfig, Transformer, TransformerConfig, init_params
-from ml.serve.cached_attention import DecodeAttention, KVCache, PrefillAttention
+from ml.serve.cached_attention import PagedAttention, PrefillAttention, empty_cache
+from pallas_kernels.shared_prefix_attention import Crossover, make_plan
 
 BASE = TransformerConfig(
     vocab_size=61,
@@ -39,9 +40,12 @@ ARCHITECTURES = {
     },
     "learned_positions": {"position_embedding": "learned", "norm": "layer", "num_kv_heads": 4},
 }
-LENGTHS = np.array([5, 11, 1])
+LENGTHS = np.array([5, 11, 1], np.int32)
 NEW = 6
-PAGE_SIZE = 20
+PAGE_SIZE = 4
+# Pages lie anywhere in the cache; the last of each row is a page too many, which nobody may touch.
+BLOCK_TABLE = np.array([[7, 2, 12, 99, 99], [3, 11, 0, 14, 1], [9, 4, 99, 99, 99]], np.int32)
+PAGES = 16
 
 
 @functools.cache
@@ -58,23 +62,35 @@ def _uncached(model, params, tokens):
     return np.asarray(jax.jit(functools.partial(model.apply, method="forward"))({"params": params}, tokens))
 
 
-def _cached(model, params, tokens, chunk=1):
-    """Logits of the ``NEW`` tokens after each prompt (teacher forced), and of each prompt's end."""
+@functools.cache
+def _apply(name):
+    model, params = _model(name)
 
     @jax.jit
     def apply(tokens, strategy, positions, cache):
         hidden, cache, _ = model.apply({"params": params}, tokens, strategy, positions, cache)
         return model.apply({"params": params}, hidden, method="logits"), cache
 
+    return apply
+
+
+def _poisoned(config, dtype=jnp.float32):
+    """What is left in the pages from earlier use must not be seen."""
+    return jax.tree.map(lambda x: x + jnp.nan, empty_cache(config, PAGES, PAGE_SIZE, dtype))
+
+
+def _cached(name, tokens, chunk=1, **options):
+    """Logits of the ``NEW`` tokens after each prompt (teacher forced), and of each prompt's end."""
+    apply = _apply(name)
     rows = np.arange(len(LENGTHS))[:, None]
-    # What is left in the pages from earlier use must not be seen.
-    cache = jax.tree.map(lambda x: x + 7.0, KVCache.zeros(model.config, len(LENGTHS), PAGE_SIZE, jnp.float32))
     padded = np.where(np.arange(LENGTHS.max()) < LENGTHS[:, None], tokens[:, : LENGTHS.max()], 60)
-    logits, cache = apply(padded, PrefillAttention(), None, cache)
+    logits, cache = apply(padded, PrefillAttention(BLOCK_TABLE), None, _poisoned(_model(name)[0].config))
     out = [np.asarray(logits)[rows, LENGTHS[:, None] - 1]]
     for start in range(0, NEW, chunk):
-        positions = LENGTHS[:, None] + start + np.arange(chunk)
-        logits, cache = apply(tokens[rows, positions], DecodeAttention(jnp.asarray(positions)), positions, cache)
+        positions = LENGTHS[:, None] + start + np.arange(chunk, dtype=np.int32)
+        query_starts = None if chunk == 1 else np.arange(len(LENGTHS) + 1, dtype=np.int32) * chunk
+        attention = PagedAttention(BLOCK_TABLE, positions[:, -1] + 1, query_starts, **options)
+        logits, cache = apply(tokens[rows, positions], attention, positions, cache)
         out.append(np.asarray(logits))
     return np.concatenate(out, axis=1)
 
@@ -86,22 +102,83 @@ def test_cached_logits_equal_uncached(name):
     where = LENGTHS[:, None] - 1 + np.arange(NEW + 1)
     expected = _uncached(model, params, tokens)[np.arange(len(LENGTHS))[:, None], where]
     assert expected.std() > 0.3
-    np.testing.assert_allclose(_cached(model, params, tokens), expected, atol=1e-4)
+    np.testing.assert_allclose(_cached(name, tokens), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["patterned_windows"])
 def test_several_tokens_at_once_equal_one_by_one(name):
+    np.testing.assert_allclose(_cached(name, _tokens(), chunk=3), _cached(name, _tokens()), atol=1e-5)
+
+
+def test_invariant_mode_gives_the_same_logits():
+    name = "patterned_windows"
+    np.testing.assert_allclose(_cached(name, _tokens(), invariant=True), _cached(name, _tokens()), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_sharing_a_prefix_gives_the_logits_of_the_whole_forward(name):
+    """Five rows: two share 16 tokens, two more share 8 of these, one shares nothing; then a ragged step of the same."""
     model, params = _model(name)
-    np.testing.assert_allclose(_cached(model, params, _tokens(), chunk=3), _cached(model, params, _tokens()), atol=1e-5)
+    tokens = np.random.default_rng(3).integers(0, BASE.vocab_size, (5, 22), dtype=np.int32)
+    tokens[:4, :8] = tokens[0, :8]
+    tokens[:2, :16] = tokens[0, :16]
+    order = np.array([3, 0, 4, 2, 1])  # those who share are not neighbours
+    tokens = tokens[order]
+    own = iter(np.random.default_rng(4).permutation(24).astype(np.int32))
+    pages = {}
+    block_table = np.full((5, 6), 999, np.int32)
+    for row, column in np.ndindex(block_table.shape):
+        prefix = tuple(tokens[row, : PAGE_SIZE * (column + 1)])
+        block_table[row, column] = pages[prefix] if prefix in pages and column < 4 else next(own)
+        pages[prefix] = block_table[row, column]
+    assert len(pages) == 2 + 2 + 2 * 2 + 2 * 4 + 6
+    cache = jax.tree.map(lambda x: x + jnp.nan, empty_cache(model.config, 24, PAGE_SIZE, jnp.float32))
+    expected = _uncached(model, params, tokens)
+    apply = _apply(name)
+    lengths = np.array([18, 17, 19, 20, 18], np.int32)
+    _, cache = apply(tokens[:, :20], PrefillAttention(block_table), None, cache)
+
+    def check(lengths, query_starts=None):
+        plan = make_plan(
+            block_table, lengths, query_starts, page_size=PAGE_SIZE, crossover=Crossover.always(), max_levels=2
+        )
+        assert plan.levels == 2
+        counts = np.ones(5, int) if query_starts is None else np.diff(query_starts)
+        rows = np.repeat(np.arange(5), counts)
+        positions = np.concatenate([np.arange(n - c, n) for n, c in zip(lengths, counts, strict=True)])
+        shape = (5, 1) if query_starts is None else (1, -1)
+        attention = PagedAttention(block_table, lengths, query_starts, plan)
+        logits, _ = apply(tokens[rows, positions].reshape(shape), attention, positions.reshape(shape), cache)
+        return np.asarray(logits).reshape(len(rows), -1), expected[rows, positions]
+
+    np.testing.assert_allclose(*check(lengths), atol=1e-4)
+    np.testing.assert_allclose(*check(lengths + 1, np.array([0, 1, 3, 3, 6, 7], np.int32)), atol=1e-4)
 
 
-def test_token_beyond_the_page_is_not_stored():
+def test_a_wrong_page_in_the_shared_run_moves_the_logits():
+    """The test above can fail."""
+    name = "grouped"
+    model, params = _model(name)
+    tokens = np.tile(np.random.default_rng(3).integers(0, BASE.vocab_size, (1, 14), dtype=np.int32), (2, 1))
+    block_table = np.array([[0, 1, 2, 3], [0, 1, 2, 4]], np.int32)
+    lengths = np.array([13, 13], np.int32)
+    apply = _apply(name)
+    cache = empty_cache(BASE, 5, PAGE_SIZE, jnp.float32)
+    _, cache = apply(tokens[:, :13], PrefillAttention(block_table), None, cache)
+    expected = _uncached(model, params, tokens)[:, 12:13]
+    for table, wrong in ((block_table, False), (np.where(block_table == 1, 2, block_table), True)):
+        plan = make_plan(table, lengths, page_size=PAGE_SIZE, crossover=Crossover.always())
+        assert plan.levels == 1
+        logits, _ = apply(tokens[:, 12:13], PagedAttention(table, lengths, plan=plan), lengths[:, None] - 1, cache)
+        assert (np.abs(np.asarray(logits) - expected).max() > 1e-2) == wrong
+
+
+def test_token_beyond_the_pages_is_not_stored():
     model, params = _model("grouped")
-    cache = KVCache.zeros(model.config, 2, 4, jnp.float32)
-    positions = jnp.array([[4], [3]])
-    _, cache, _ = model.apply(
-        {"params": params}, jnp.ones((2, 1), jnp.int32), DecodeAttention(positions), positions, cache
-    )
+    cache = empty_cache(BASE, 2, 4, jnp.float32)
+    positions = np.array([[4], [3]])
+    attention = PagedAttention(np.array([[0], [1]], np.int32), np.array([0, 4], np.int32))
+    _, cache, _ = model.apply({"params": params}, jnp.ones((2, 1), jnp.int32), attention, positions, cache)
     written = np.abs(np.asarray(cache.key)).sum(axis=(0, 3, 4))
     assert (written > 0).tolist() == [[False] * 4, [False, False, False, True]]
 
@@ -109,10 +186,10 @@ def test_token_beyond_the_page_is_not_stored():
 def test_cache_has_the_dtype_of_activations():
     model = Transformer(BASE, dtype=jnp.bfloat16)
     params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(1))
-    cache = KVCache.zeros(BASE, 1, 8, jnp.bfloat16)
-    hidden, cache, _ = model.apply({"params": params}, jnp.ones((1, 4), jnp.int32), PrefillAttention(), None, cache)
-    positions = jnp.array([[4]])
-    hidden, cache, _ = model.apply(
-        {"params": params}, jnp.ones((1, 1), jnp.int32), DecodeAttention(positions), positions, cache
-    )
+    cache = empty_cache(BASE, 1, 8, jnp.bfloat16)
+    table = np.zeros((1, 1), np.int32)
+    tokens = jnp.ones((1, 4), jnp.int32)
+    hidden, cache, _ = model.apply({"params": params}, tokens, PrefillAttention(table), None, cache)
+    attention = PagedAttention(table, np.array([5], np.int32))
+    hidden, cache, _ = model.apply({"params": params}, tokens[:, :1], attention, np.array([[4]]), cache)
     assert cache.key.dtype == cache.value.dtype == hidden.dtype == jnp.bfloat16

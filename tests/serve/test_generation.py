@@ -121,9 +121,9 @@ def test_the_device_stops_drawing_by_itself():
     config, params = _weights()
     free = _generator().generate([PROMPTS[0]], GREEDY)[0].tokens
     cut = next(i for i in range(1, 9) if free[i] not in free[:i])
-    tokens, batch = generation._pad([PROMPTS[0]], [GREEDY], [frozenset([free[cut]])], 16)
+    tokens, batch = generation._pad([PROMPTS[0]], [GREEDY], [frozenset([free[cut]])], 16, 16)
     model = Transformer(config)
-    cache, rows = generation._prefill(model, 16, params, tokens, batch)
+    cache, rows = generation._prefill(model, params, tokens, batch)
     _, rows, chunk = generation._decode(model, 10, params, cache, rows, batch)
     assert chunk.tolist() == [free[1 : cut + 1] + [-1] * (10 - cut)]
     assert (rows.done.tolist(), rows.drawn.tolist()) == ([True], [cut + 1])
@@ -182,9 +182,9 @@ def test_few_programs_are_compiled():
 def test_cache_is_donated_and_updated_in_place():
     config = dataclasses.replace(CONFIG, num_layers=8, max_length=4096)
     params = jax.jit(init_params, static_argnums=0)(Transformer(config), jax.random.key(0))
-    tokens, batch = generation._pad([[1, 2]], [GREEDY], [frozenset()], 16)
+    tokens, batch = generation._pad([[1, 2]], [GREEDY], [frozenset()], 16, 4096)
     model = Transformer(config)
-    cache, rows = generation._prefill(model, 4096, params, tokens, batch)
+    cache, rows = generation._prefill(model, params, tokens, batch)
     arguments = (model, 4, params, cache, rows, batch)
     memory = generation._decode.lower(*arguments).compile().memory_analysis()
     if memory is not None:  # not every backend tells
