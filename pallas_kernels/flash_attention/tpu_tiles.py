@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-# What a step has to do, one bit each: begin a sum, end it, multiply with a mask, multiply without one.
-FIRST, LAST, MASKED, FULL = 1, 2, 4, 8
-_FLAG_BITS, _TILE_BITS = 4, 16
+# What a step has to do, one bit each: begin a major tile's sum, end it, multiply with a mask, multiply without one, begin
+# an entry of the batch, end it.
+FIRST, LAST, MASKED, FULL, ENTRY_FIRST, ENTRY_LAST = 1, 2, 4, 8, 16, 32
+_FLAG_BITS, _TILE_BITS = 6, 16
 # A step takes two words of the scalar memory (1 MiB on every chip so far), of which half is left to the compiler.
 MAX_STEPS = 2**16
 
@@ -60,11 +61,17 @@ def steps(
     place = jnp.minimum(place, listed.size - 1)
     kind = jnp.where(full, FULL, jnp.where(visit, MASKED, 0)).astype(jnp.int32).reshape(-1)[place]
     major, minor = place // minors, place % minors
-    index = jnp.arange(listed.size, dtype=jnp.int32)
-    first = (index == 0) | (major != jnp.roll(major, 1))
-    last = (index == count - 1) | (major != jnp.roll(major, -1))
-    flags = kind | jnp.where(first, FIRST, 0) | jnp.where(last, LAST, 0)
-    return Steps((major // majors) << _TILE_BITS | major % majors, minor << _FLAG_BITS | flags, count)
+    entry = major // majors
+    flags = kind | _ends(major, count, FIRST, LAST) | _ends(entry, count, ENTRY_FIRST, ENTRY_LAST)
+    return Steps(entry << _TILE_BITS | major % majors, minor << _FLAG_BITS | flags, count)
+
+
+def _ends(x: Int[Array, " steps"], count: Int[Array, ""], first: int, last: int) -> Int[Array, " steps"]:
+    """Flags where a run of equal values begins and ends; ``count`` values are real."""
+    index = jnp.arange(x.size, dtype=jnp.int32)
+    begins = (index == 0) | (x != jnp.roll(x, 1))
+    ends = (index == count - 1) | (x != jnp.roll(x, -1))
+    return jnp.where(begins, first, 0) | jnp.where(ends, last, 0)
 
 
 def batch_of(major):
