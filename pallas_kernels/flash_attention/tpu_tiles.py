@@ -5,13 +5,13 @@ some key, in the order in which their results accumulate, so that empty tiles ar
 """
 
 import dataclasses
+import itertools
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-# What a step has to do, one bit each: begin a major tile's sum, end it, multiply with a mask, multiply without one, begin
-# an entry of the batch, end it.
+# What a step has to do, one bit each: begin a major tile's sum, end it, multiply with a mask, multiply without one,
+# begin an entry of the batch, end it.
 FIRST, LAST, MASKED, FULL, ENTRY_FIRST, ENTRY_LAST = 1, 2, 4, 8, 16, 32
 _FLAG_BITS, _TILE_BITS = 6, 16
 # A step takes two words of the scalar memory (1 MiB on every chip so far), of which half is left to the compiler.
@@ -52,7 +52,7 @@ def steps(
     visit: Bool[Array, "batch major_tiles minor_tiles"], full: Bool[Array, "batch major_tiles minor_tiles"]
 ) -> Steps:
     """The visited tiles in order; a major tile without any still gets a step, which writes zeros."""
-    batch, majors, minors = visit.shape
+    majors, minors = visit.shape[1:]
     blind = ~visit.any(axis=2, keepdims=True) & (jnp.arange(minors) == 0)
     listed = (visit | blind).reshape(-1)
     place = jnp.arange(listed.size, dtype=jnp.int32)
@@ -99,4 +99,4 @@ def chunks(size: int, most: int, lanes: int = 128) -> list[tuple[int, int]]:
     """Beginning and size of the nearly equal parts, at most ``most``, in which a tile is multiplied."""
     units, count = size // lanes, -(-size // most)
     edges = [units * i // count * lanes for i in range(count + 1)]
-    return [(a, b - a) for a, b in zip(edges, edges[1:], strict=False)]
+    return [(a, b - a) for a, b in itertools.pairwise(edges)]
