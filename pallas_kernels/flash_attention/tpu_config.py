@@ -43,12 +43,12 @@ class TpuConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             size = getattr(self, field.name)
-            if field.name.startswith("block") and (size <= 0 or size % LANES):
+            if field.name != "fused_backward" and (size <= 0 or size % LANES):
                 raise ValueError(f"{field.name}={size}; it must be a positive multiple of {LANES}")
 
 
 def heuristic(chip: str | None, dtype: Any, head_dim: int) -> TpuConfig:
-    """What the static schedules favour (docs/results/flash_attention_tpu.json)."""
+    """What the static schedules favour."""
     chip = ALIASES.get(chip, chip) if chip else chip
     if chip in ("TPU v5 lite", "TPU v5") and head_dim <= LANES:
         # Small matrix units: few queries at a time against many keys keep the scores near the registers.

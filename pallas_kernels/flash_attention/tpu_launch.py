@@ -14,6 +14,10 @@ from pallas_kernels.flash_attention.tpu_config import vmem_limit
 from pallas_kernels.platform import platform
 
 
+# Batch and heads are independent; steps, and the heads of a group, add to one sum.
+_SEMANTICS: tuple[Any, ...] = ("parallel", "parallel", "arbitrary", "arbitrary")
+
+
 class _Place(NamedTuple):
     """Where a step of the grid is."""
 
@@ -98,7 +102,7 @@ def launch(
             num_scalar_prefetch=2, grid=grid, in_specs=in_specs, out_specs=out_specs, scratch_shapes=scratch
         ),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", *("arbitrary",) * (len(grid) - 2)),
+            dimension_semantics=_SEMANTICS[: len(grid)],
             vmem_limit_bytes=vmem_limit(),
         ),
         interpret=platform() != "tpu",
