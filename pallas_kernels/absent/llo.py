@@ -70,7 +70,7 @@ def _schedule(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _hot(matrix: np.ndarray) -> slice:
-    """The stretch with the most matrix operations; of several with about as many (with and without a mask) the densest."""
+    """The stretch with the most matrix operations; of several with about as many (masked and not) the densest."""
     busy = np.flatnonzero(matrix)
     if not len(busy):
         return slice(None)

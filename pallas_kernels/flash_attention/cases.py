@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.cases import Case
-from pallas_kernels.flash_attention import flash_attention
+from pallas_kernels.flash_attention import Implementation, flash_attention
 
 # Heads, key heads, head size, and what else the model asks for.
 MODELS: dict[str, tuple[int, int, int, dict[str, Any]]] = {
@@ -20,7 +20,7 @@ LENGTH = 8192
 _TPUS = ("v5e", "v5p", "v6e")
 
 
-def gradients(implementation: str, **options: Any) -> Callable[..., Any]:
+def gradients(implementation: Implementation, **options: Any) -> Callable[..., Any]:
     """Of query, key, value and the output's gradient: the output and the three gradients."""
 
     def function(query, key, value, out_gradient):

@@ -13,7 +13,6 @@ from pallas_kernels.flash_attention import tpu_tiles as tiles
 from pallas_kernels.flash_attention.tpu_config import vmem_limit
 from pallas_kernels.platform import platform
 
-
 # Batch and heads are independent; steps, and the heads of a group, add to one sum.
 _SEMANTICS: tuple[Any, ...] = ("parallel", "parallel", "arbitrary", "arbitrary")
 
