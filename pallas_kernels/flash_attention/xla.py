@@ -29,7 +29,7 @@ class XlaConfig:
     """
 
     block: int = 128
-    max_blocks: int = 32
+    max_blocks: int = 16
     tile_q: int = 256
     tile_kv: int = 512
 
@@ -44,6 +44,24 @@ def why_not(query: Any, key: Any, value: Any, *, softcap: float | None, config: 
     if config is not None and not isinstance(config, XlaConfig):
         return f"config={config!r} is not an XlaConfig"
     return None
+
+
+def unrolled_blocks(
+    config: XlaConfig, band: Band | None, queries: int, keys: int
+) -> list[tuple[tuple[int, int], tuple[int, int]]] | None:
+    """Blocks of queries, and the keys that each may see: at least one key, since empty arrays are to be avoided.
+
+    Returns:
+      ``((first query, after the last), (first key, after the last))``, or ``None`` where loops run.
+    """
+    if band is None or queries > config.block * config.max_blocks:
+        return None
+    blocks = []
+    for start in range(0, queries, config.block):
+        stop = min(start + config.block, queries)
+        first = min(max(0, start - band.before), keys - 1)
+        blocks.append(((start, stop), (first, max(first + 1, min(keys, stop + band.after)))))
+    return blocks
 
 
 def forward(
@@ -65,9 +83,9 @@ def forward(
     q, k, v = _grouped(query, key), _heads_first(key), _heads_first(value)
     queries, keys = query.shape[1], key.shape[1]
     intervals = clipped(intervals, keys)
-    if band is not None and queries <= config.block * config.max_blocks:
+    if (blocks := unrolled_blocks(config, band, queries, keys)) is not None:
         parts: list[Any] = []
-        for (start, stop), (first, last) in _unrolled(config, band, queries, keys):
+        for (start, stop), (first, last) in blocks:
             block = q[..., start:stop, :], k[:, :, first:last], v[:, :, first:last], intervals[:, start:stop]
             if parts:
                 # One block after the other: a scheduler that is free to would keep the scores of all at once.
@@ -129,10 +147,10 @@ def backward(
     per_row = tuple(_grouped(x, key) for x in (query, out_gradient.astype(value.dtype), lse, delta))
     k, v = _heads_first(key), _heads_first(value)
     intervals = clipped(intervals, keys)
-    if band is not None and queries <= config.block * config.max_blocks:
+    if (blocks := unrolled_blocks(config, band, queries, keys)) is not None:
         parts: list[Any] = []
         dk, dv = (_like(x, 0.0, query, intervals) for x in (k, v))
-        for (start, stop), (first, last) in _unrolled(config, band, queries, keys):
+        for (start, stop), (first, last) in blocks:
             rows = tuple(jax.lax.slice_in_dim(x, start, stop, axis=3) for x in per_row)
             block = rows, k[:, :, first:last], v[:, :, first:last], intervals[:, start:stop]
             if parts:
@@ -169,16 +187,6 @@ def backward(
 
 
 _Sums = tuple[jax.Array, jax.Array, jax.Array]
-
-
-def _unrolled(config: XlaConfig, band: Band, queries: int, keys: int) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Blocks of queries, and the keys that each may see: at least one key, since empty arrays are to be avoided."""
-    blocks = []
-    for start in range(0, queries, config.block):
-        stop = min(start + config.block, queries)
-        first = min(max(0, start - band.before), keys - 1)
-        blocks.append(((start, stop), (first, max(first + 1, min(keys, stop + band.after)))))
-    return blocks
 
 
 def _attend(q, k, v, intervals, first, scale, softcap) -> _Sums:
