@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from ml.errors import UserError, nearest
-from ml.models.cost import CHIPS, Chip
+from pallas_kernels.chips import CHIPS, Chip
 
 _GIB = 2**30
 
@@ -22,7 +22,7 @@ class Family:
     """A kind of machine.
 
     Attributes:
-      device_kind: key of `ml.models.cost.CHIPS`.
+      device_kind: key of `pallas_kernels.chips.CHIPS`.
       usable_bytes: of one device's memory, what a program may have: what the TPU compiler names when it refuses one; of
         a GPU 93% of what its driver reports, the rest being for the driver, cuDNN and NCCL.
       shapes: the sizes that are offered, in chips.
