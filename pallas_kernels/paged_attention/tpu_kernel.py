@@ -24,15 +24,18 @@ LANES = 128
 # in a row that has seen nothing yet.
 NO_PEAK, NO_SCORE = -1e30, -2e30
 NT, NN = (((1,), (1,)), ((), ())), (((1,), (0,)), ((), ()))
-# Scores of a head up to so many are computed for all heads in one stretch of code, whose heads overlap.
-_FEW_SCORES = 32 * 1024
+# Up to so many scores are computed in one stretch of code, in which the work of different heads overlaps.
+_FEW_SCORES = 256 * 1024
 # Rows of the block table in scalar memory: this tile's, the next one's, one on its way.
 _TABLE_ROWS = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Static sizes of a call; ``group`` is padded, ``rows`` are tokens of a tile and ``chunk`` of a matrix product."""
+    """Static sizes of a call; ``group`` is padded, ``rows`` are a tile's, ``chunk`` of them a matrix product's.
+
+    ``most``: largest piece in which rows are moved, a power of two above half of the rows that a tile can have.
+    """
 
     kv_heads: int
     group: int
@@ -41,6 +44,7 @@ class Sizes:
     table_width: int
     rows: int
     chunk: int
+    most: int
     block: int
     compute: int
     interleaved: bool
@@ -50,6 +54,7 @@ class Sizes:
     query_dtype: Any
     compute_dtype: Any
     softcap: float | None
+    unroll: bool
 
     @property
     def pages(self) -> int:
@@ -171,7 +176,7 @@ class _Core:
     def _rows(self, tile: Any, copies: Callable[[Any, Any, int], list[Any]], do: str) -> None:
         """Starts or waits for copies of as many rows as the tile has, in pieces of sizes that are powers of two."""
         count = self._field(tile, tiles.COUNT)
-        size = self.s.rows
+        size = self.s.most
         while size:
             # Rows above this bit of the count are in larger pieces.
             done = count & ~(2 * size - 1)
@@ -368,11 +373,8 @@ class _Core:
             if s.chunk != s.rows:
                 rows = pl.ds(pl.multiple_of(c * (s.chunk * s.group), s.chunk * s.group), s.chunk * s.group)
             head = functools.partial(self._attend_head, slot, column, mask, rows)
-            if s.chunk * s.group * s.compute * s.kv_heads <= 8 * _FEW_SCORES:
-                for h in range(s.kv_heads):
-                    head(h)
-            else:
-                lax.fori_loop(0, s.kv_heads, lambda h, _: head(h) or 0, 0)
+            few = s.chunk * s.group * s.compute * s.kv_heads <= _FEW_SCORES
+            lax.fori_loop(0, s.kv_heads, lambda h, _: head(h) or 0, 0, unroll=few and s.unroll)
             return 0
 
         if s.chunk == s.rows:
