@@ -266,7 +266,11 @@ class _Call:
                 scratch_shapes=list(scratch.values()),
             ),
             input_output_aliases={} if state is None else {first_state: 0, first_state + 1: 1},
-            compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=limit),
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("parallel",),
+                vmem_limit_bytes=limit,
+                disable_bounds_checks=True,  # they cost more scalar work than the copies of pages
+            ),
             interpret=platform() != "tpu",
             name="paged_attention_ordered" if s.ordered else f"paged_attention_{s.rows}",
         )(work.bounds, work.table, scalars, *operands)

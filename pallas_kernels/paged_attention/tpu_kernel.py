@@ -17,15 +17,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.paged_attention import tpu_tiles as tiles
-from pallas_kernels.paged_attention.tpu_heads import unpack
+from pallas_kernels.paged_attention.tpu_heads import heads_of, spreads, unpack, words
 
 LANES = 128
 # In base two. A row's peak begins above what a masked score is set to, so that the weight of a masked score is 0 also
 # in a row that has seen nothing yet.
 NO_PEAK, NO_SCORE = -1e30, -2e30
 NT, NN = (((1,), (1,)), ((), ())), (((1,), (0,)), ((), ()))
-# Up to so many scores are computed in one stretch of code, in which the work of different heads overlaps.
-_FEW_SCORES = 256 * 1024
+# Up to so many scores, of several heads, are weighed together: what fits in registers.
+_FEW_SCORES = 32 * 1024
 # Rows of the block table in scalar memory: this tile's, the next one's, one on its way.
 _TABLE_ROWS = 3
 
@@ -57,13 +57,20 @@ class Sizes:
     unroll: bool
 
     @property
+    def together(self) -> int:
+        """Heads whose scores are weighed together, all or one."""
+        return self.kv_heads if self.chunk * self.group * self.compute * self.kv_heads <= _FEW_SCORES else 1
+
+    @property
     def pages(self) -> int:
         """Pages of a block."""
         return self.block // self.page_size
 
     @property
     def staged(self) -> bool:
-        """Whether heads are unpacked into a buffer of their own."""
+        """Whether heads are unpacked into a buffer of their own, to be read more than once or one at a time."""
+        if self.chunk == self.rows and self.together == self.kv_heads:
+            return False
         return self.interleaved or jnp.dtype(self.cache_dtype) != jnp.dtype(self.compute_dtype)
 
 
@@ -93,6 +100,8 @@ def scratch_shapes(s: Sizes) -> dict[str, Any]:
     if s.staged:
         heads = (s.kv_heads, s.block, s.head_dim)
         shapes |= {"key_heads": pltpu.VMEM(heads, s.compute_dtype), "value_heads": pltpu.VMEM(heads, s.compute_dtype)}
+    if s.interleaved and spreads(s.kv_heads, s.head_dim, s.cache_dtype):
+        shapes |= {"spread": pltpu.VMEM((s.block * s.kv_heads // words(s.cache_dtype), LANES), jnp.int32)}
     if s.quantized:
         scales = (2, s.pages, s.kv_heads, s.page_size)
         shapes |= {"key_scale": pltpu.VMEM(scales, jnp.float32), "value_scale": pltpu.VMEM(scales, jnp.float32)}
@@ -234,7 +243,7 @@ class _Core:
                 copy.start()
             return 0
 
-        lax.fori_loop(0, self._pages_of(tile, block), page, 0)
+        self._for_pages(self._pages_of(tile, block), page)
 
     def _wait_block(self, tile: Any, block: Any, slot: Any) -> None:
         def page(j, _):
@@ -243,6 +252,21 @@ class _Core:
             return 0
 
         lax.fori_loop(0, self._pages_of(tile, block), page, 0)
+
+    def _for_pages(self, count: Any, page: Callable[[Any, Any], Any]) -> None:
+        """A loop; for a whole block written out, in which the scalar unit works on several pages at a time."""
+        if not self.s.unroll:
+            lax.fori_loop(0, count, page, 0)
+            return
+
+        @pl.when(count == self.s.pages)
+        def _():
+            for j in range(self.s.pages):
+                page(j, 0)
+
+        @pl.when(count < self.s.pages)
+        def _():
+            lax.fori_loop(0, count, page, 0)
 
     # A tile.
 
@@ -360,62 +384,90 @@ class _Core:
         s, m = self.s, self.m
         for name in ("key", "value"):
             if s.interleaved:
-                unpack(m[name].at[slot], m[f"{name}_heads"], s.kv_heads)
+                unpack(m[name].at[slot], m[f"{name}_heads"], m.get("spread"))
             else:
                 for h in range(s.kv_heads):
                     m[f"{name}_heads"][h] = m[name][slot, h].astype(jnp.float32).astype(s.compute_dtype)
 
     def _attend(self, tile: Any, slot: Any, column: int, mask: Any) -> None:
         s = self.s
+        if not s.staged and s.together == s.kv_heads:
+            keys, values = self._heads("key", slot, column), self._heads("value", slot, column)
+            self._add(range(s.kv_heads), keys, values, column, mask, slice(None))
+            return
+        tokens = slice(column, column + s.compute)
 
-        def chunk(c, _):
-            rows = slice(None)
-            if s.chunk != s.rows:
-                rows = pl.ds(pl.multiple_of(c * (s.chunk * s.group), s.chunk * s.group), s.chunk * s.group)
-            head = functools.partial(self._attend_head, slot, column, mask, rows)
-            few = s.chunk * s.group * s.compute * s.kv_heads <= _FEW_SCORES
-            lax.fori_loop(0, s.kv_heads, lambda h, _: head(h) or 0, 0, unroll=few and s.unroll)
+        def some_heads(rows: Any, first: Any) -> Any:
+            heads = [first + i for i in range(s.together)]
+            at = [(h, tokens) if s.staged else (slot, h, tokens) for h in heads]
+            keys, values = ([self.m[f"{x}_heads" if s.staged else x][i] for i in at] for x in ("key", "value"))
+            self._add(heads, keys, values, column, mask, rows)
             return 0
+
+        def chunk(c: Any, _: Any) -> Any:
+            size = s.chunk * s.group
+            rows = slice(None) if s.chunk == s.rows else pl.ds(pl.multiple_of(c * size, size), size)
+            if s.together == s.kv_heads:
+                return some_heads(rows, 0)
+            return lax.fori_loop(0, s.kv_heads, lambda h, _: some_heads(rows, h), 0)
 
         if s.chunk == s.rows:
             chunk(0, 0)
         else:
             lax.fori_loop(0, _cdiv(self._field(tile, tiles.COUNT), s.chunk), chunk, 0)
 
-    def _attend_head(self, slot: Any, column: int, mask: Any, rows: Any, h: Any) -> None:
+    def _heads(self, name: str, slot: Any, column: int) -> list[Any]:
+        """Of the block as it came."""
+        s, tokens = self.s, slice(column, column + self.s.compute)
+        if s.interleaved:
+            return heads_of(self.m[name].at[slot, tokens], s.compute_dtype, self.m.get("spread"))
+        heads = [self.m[name][slot, h, tokens] for h in range(s.kv_heads)]
+        return [x if x.dtype == s.compute_dtype else x.astype(jnp.float32).astype(s.compute_dtype) for x in heads]
+
+    def _add(self, heads: Any, keys: Any, values: Any, column: int, mask: Any, rows: Any) -> None:
+        """Adds some tokens to some rows of some heads, whose scores lie one below the other."""
         s, m = self.s, self.m
         tokens = slice(column, column + s.compute)
-        at = (h, tokens) if s.staged else (slot, h, tokens)
-        key, value = (m[f"{name}_heads" if s.staged else name][at] for name in ("key", "value"))
-        scores = _dot(m["query"][h, rows], key, NT)
+
+        def stacked(parts: Any) -> Any:
+            parts = list(parts)
+            return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=0)
+
+        scores = [_dot(m["query"][h, rows], key, NT) for h, key in zip(heads, keys, strict=True)]
+        size = scores[0].shape[0]
         if s.quantized:
-            scores = scores * m["key_factor"][pl.ds(h, 1), tokens]
+            scores = [x * m["key_factor"][pl.ds(h, 1), tokens] for h, x in zip(heads, scores, strict=True)]
+        scores = stacked(scores)
         if s.softcap is not None:
             scores = jnp.tanh(scores) * jnp.float32(s.softcap * LOG2E)
         seen = None
         if mask is not None:
             here, begin, end = mask
-            first, count = m["first"][rows] - here, m["count"][rows]
-            token = lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+            first, count = (jnp.tile(m[x][rows], (len(heads), s.compute // LANES)) for x in ("first", "count"))
+            token = lax.broadcasted_iota(jnp.int32, scores.shape, 1) + here
             # One comparison in place of two: a token before the first is a huge unsigned number.
-            seen = (token - _along(first, s.compute)).astype(jnp.uint32) < _along(count, s.compute).astype(jnp.uint32)
+            seen = (token - first).astype(jnp.uint32) < count.astype(jnp.uint32)
             scores = jnp.where(seen, scores, NO_SCORE)
-            token = lax.broadcasted_iota(jnp.int32, value.shape, 0) + here
-            value = jnp.where((token >= begin) & (token < end), value, jnp.zeros_like(value))
-        peak = m["peak"][h, rows]
+            token = lax.broadcasted_iota(jnp.int32, values[0].shape, 0) + here
+            held = (token >= begin) & (token < end)
+            values = [jnp.where(held, x, jnp.zeros_like(x)) for x in values]
+        peak = stacked(m["peak"][h, rows] for h in heads)
         higher = jnp.maximum(peak, scores.max(axis=1, keepdims=True))
         weights = jnp.exp2(scores - _along(higher, s.compute))
         decay = jnp.exp2(peak - higher)
-        m["peak"][h, rows] = higher
         added = _lane_sums(weights)
         if s.ordered:  # what is kept must not depend on where the tokens are cut
             added = jnp.broadcast_to(added.sum(axis=1, keepdims=True), added.shape)
-        m["weight"][h, rows] = m["weight"][h, rows] * decay + added
-        if s.quantized:
-            weights = weights * m["value_factor"][pl.ds(h, 1), tokens]
-            weights = weights if seen is None else jnp.where(seen, weights, 0.0)
-        new = _dot(weights.astype(s.compute_dtype), value, NN)
-        m["total"][h, rows] = m["total"][h, rows] * _along(decay, s.head_dim) + new
+        for i, (h, value) in enumerate(zip(heads, values, strict=True)):
+            part = slice(i * size, (i + 1) * size)
+            m["peak"][h, rows] = higher[part]
+            m["weight"][h, rows] = m["weight"][h, rows] * decay[part] + added[part]
+            weight = weights[part]
+            if s.quantized:
+                weight = weight * m["value_factor"][pl.ds(h, 1), tokens]
+                weight = weight if seen is None else jnp.where(seen[part], weight, 0.0)
+            new = _dot(weight.astype(s.compute_dtype), value, NN)
+            m["total"][h, rows] = m["total"][h, rows] * _along(decay[part], s.head_dim) + new
 
 
 LOG2E = 1.4426950408889634
