@@ -28,6 +28,8 @@ _MIB = 2**20
 _SMALLEST_VMEM = 16 * _MIB
 # Keys and values of a block, together, and what keeps a matrix unit busy: rows of a tile, times the group.
 _BLOCK_BYTES, _TILE_ROWS, _COMPUTE = _MIB, 512, 512
+# Numbers of keys that one stretch of code unpacks.
+_UNPACKED = 2**18
 # Rows of every matrix product of the fixed order, times the group: a decode pays for all, prefill would like more.
 _ORDERED_ROWS = 32
 _SUBLANES = 8
@@ -212,7 +214,7 @@ class _Call:
             chunk=rows if chunk is None else chunk,
             most=1 if single else min(rows, _power_of_two(min(self.query.shape[0], self.outputs))),
             block=config.block,
-            compute=unit if ordered else config.compute,
+            compute=unit if ordered else self.compute(single),
             interleaved=interleaved(self.kv_heads, key.dtype),
             quantized=self.cache.quantized,
             ordered=ordered,
@@ -222,6 +224,12 @@ class _Call:
             softcap=self.softcap,
             unroll=platform() == "tpu",
         )
+
+    def compute(self, single: bool) -> int:
+        """Tokens multiplied at a time; with few rows all heads' at once, which must not make endless code."""
+        _, _, _, kv_heads, head_dim = self.cache.key.shape
+        most = max(LANES, _power_of_two(_UNPACKED // (kv_heads * head_dim)))
+        return math.gcd(self.config.compute, most) if single else self.config.compute
 
     def run(self, s: Sizes, counts: Any, state: Any) -> tuple[Any, Any]:
         """The kernel on those segments that have a count; writes into ``state`` where that is given."""
