@@ -114,7 +114,7 @@ def _forward(query, key, value, intervals, bounds, *, scale, softcap, out_dtype,
             plgpu.copy_gmem_to_smem(q_hbm.at[batch, pl.ds(base, rows), head], q, q_ready.at[me])
             plgpu.copy_gmem_to_smem(intervals_hbm.at[row_batch, :, pl.ds(base, rows)], my_intervals, q_ready.at[me])
             plgpu.barrier_wait(q_ready.at[me])
-            start, stop = (plgpu.load(my_intervals.at[i], layout=tiles.ROW) for i in range(2))
+            bounds = [plgpu.load(my_intervals.at[i], layout=tiles.ROW) for i in range(2)]
 
             def take_turn():
                 if config.take_turns and groups > 1:
@@ -130,9 +130,7 @@ def _forward(query, key, value, intervals, bounds, *, scale, softcap, out_dtype,
                 shape = logits.shape
 
                 def hidden(x):
-                    return jnp.where(
-                        tiles.visible(start, stop, tile * block_kv, shape, keys_axis=1), x, jnp.float32(-jnp.inf)
-                    )
+                    return tiles.hide(x, bounds.__getitem__, tile * block_kv, keys_axis=1)
 
                 logits = lax.cond((tile < first_full) | (tile >= last_full), hidden, lambda x: x, logits)
                 higher = jnp.maximum(peak, logits.max(axis=1))
@@ -204,14 +202,8 @@ def _forward(query, key, value, intervals, bounds, *, scale, softcap, out_dtype,
             total = jnp.where(sees, total, 1.0)
             lse[...] = jnp.where(sees, (peak + jnp.log2(total)) * (1 / tiles.LOG2_E), -jnp.inf)
             out = (out * tiles.spread(1.0 / total, out.shape, 0)).astype(out_dtype)
-            to = out_hbm.at[batch, pl.ds(base, rows), head]
-            if copied_out:
-                q[...] = out
-            else:
-                to[...] = out
             plgpu.commit_smem()
-            if copied_out:
-                plgpu.copy_smem_to_gmem(q, to)
+            tiles.write(q, out_hbm.at[batch, pl.ds(base, rows), head], out, copied=copied_out)
             plgpu.copy_smem_to_gmem(lse, lse_hbm.at[batch, head, pl.ds(base, rows)])
             plgpu.wait_smem_to_gmem(0)
             pl.when(me == 0)(take_turn)  # the last that was passed, so that no barrier is left half-way
@@ -227,7 +219,7 @@ def _forward(query, key, value, intervals, bounds, *, scale, softcap, out_dtype,
             tiles.tile((groups, rows, width), dtype),
             tiles.tile((stages, block_kv, width), dtype),
             tiles.tile((stages, block_kv, width), dtype),
-            tiles.tile((groups, rows, block_kv if not config.registers else 64), dtype),
+            tiles.tile((groups, 8, 64) if config.registers else (groups, rows, block_kv), dtype),
             plgpu.SMEM((groups, rows), jnp.float32),
             plgpu.SMEM((groups, 2, rows), jnp.int32),
             plgpu.Barrier(num_arrivals=2, num_barriers=groups),

@@ -14,7 +14,7 @@ SMEM_BYTES = 232_448 - 1_024
 # computing thread may take once the copying ones have given theirs back, and what these keep.
 REGISTERS = {1: (255, 255), 2: (240, 24), 3: (160, 24)}
 # Indices, addresses, row statistics and values under way, beside the tiles.
-_OTHER_REGISTERS = 40
+_OTHER_REGISTERS = 48
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +25,12 @@ class GpuConfig:
       block_q: queries of a computing warpgroup, forward.
       block_kv: keys of a step, forward.
       stages: steps whose keys and values are in shared memory at a time, forward.
-      warpgroups: computing warpgroups of a block, forward and dQ; one more copies.
+      warpgroups: computing warpgroups of a block, forward; one more copies.
       take_turns: warpgroups of the forward pass take turns at the tensor cores, so that one's softmax runs beside the
         other's matmuls.
       registers: probabilities go to the second matmul in registers, not through shared memory. Off, since ptxas before
         13.3 may corrupt such a matmul.
-      dq_block_kv, dq_stages: likewise, for the gradient of queries.
+      dq_block_kv, dq_stages, dq_warpgroups: likewise, for the gradient of queries.
       dkv_block_q, dkv_stages: queries of a step and steps in shared memory, for the gradients of keys and values.
     """
 
@@ -42,6 +42,7 @@ class GpuConfig:
     registers: bool = False
     dq_block_kv: int = 64
     dq_stages: int = 2
+    dq_warpgroups: int = 2
     dkv_block_q: int = 64
     dkv_stages: int = 2
 
@@ -50,8 +51,8 @@ class GpuConfig:
         groups, q = self.warpgroups, self.block_q
         forward = 2 * head_dim * (groups * q + 2 * self.stages * self.block_kv) + groups * q * 12
         forward += 0 if self.registers else 2 * groups * q * self.block_kv
-        dq = 2 * head_dim * 2 * (groups * ROWS + self.dq_stages * self.dq_block_kv)
-        dq += 2 * groups * ROWS * self.dq_block_kv + groups * ROWS * 16
+        dq = 2 * head_dim * 2 * (self.dq_warpgroups * ROWS + self.dq_stages * self.dq_block_kv)
+        dq += self.dq_warpgroups * ROWS * (2 * self.dq_block_kv + 16)
         split = splits_columns(head_dim)
         columns = 256 if split else head_dim
         dkv = 2 * columns * 2 * (ROWS * (1 if split else 2) + self.dkv_stages * self.dkv_block_q)
@@ -61,8 +62,8 @@ class GpuConfig:
     def registers_of(self, head_dim: int) -> dict[str, int]:
         """Registers that a computing thread needs, about, at a (padded) head size."""
         per_thread = 128
-        forward = self.block_q * (head_dim + self.block_kv) // per_thread
-        forward += self.block_q * self.block_kv // per_thread // 2 if self.registers else 0
+        # The output, the scores, and the probabilities in 16 bits, twice if the matmul reads those of the step before.
+        forward = self.block_q * (2 * head_dim + (4 if self.registers else 3) * self.block_kv) // (2 * per_thread)
         dq = ROWS * (head_dim + 2 * self.dq_block_kv) // per_thread
         dkv = ROWS * (2 * min(head_dim, 128) + 2 * self.dkv_block_q) // per_thread
         return {name: n + _OTHER_REGISTERS for name, n in (("forward", forward), ("dq", dq), ("dkv", dkv))}
@@ -73,8 +74,9 @@ class GpuConfig:
         for name in ("block_q", "block_kv", "dq_block_kv", "dkv_block_q"):
             if getattr(self, name) <= 0 or getattr(self, name) % ROWS:
                 raise ValueError(f"config.{name}={getattr(self, name)}; it must be a positive multiple of {ROWS}")
-        if self.warpgroups not in REGISTERS:
-            raise ValueError(f"config.warpgroups={self.warpgroups}; choose {', '.join(map(str, REGISTERS))}")
+        for name in ("warpgroups", "dq_warpgroups"):
+            if getattr(self, name) not in REGISTERS:
+                raise ValueError(f"config.{name}={getattr(self, name)}; choose {', '.join(map(str, REGISTERS))}")
         # Of the forward pass a step's keys are read while the values of the step before still are.
         for name, least in (("stages", 2), ("dq_stages", 1), ("dkv_stages", 2)):
             if getattr(self, name) < least:
@@ -86,7 +88,7 @@ class GpuConfig:
                     f"and there are {SMEM_BYTES}"
                 )
         for kernel, count in self.registers_of(head_dim).items():
-            most = REGISTERS[2 if kernel == "dkv" else self.warpgroups][0]
+            most = REGISTERS[{"forward": self.warpgroups, "dq": self.dq_warpgroups}.get(kernel, 2)][0]
             if count > most:
                 raise ValueError(
                     f"config={self}: the {kernel} kernel needs about {count} registers a thread at "

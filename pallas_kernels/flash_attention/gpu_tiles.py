@@ -1,6 +1,7 @@
 """What the GPU kernels share: tiles in shared memory, masks, logits, and operands brought to whole tiles."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -61,11 +62,34 @@ def drain(barriers: tuple[Any, ...], steps: Any, stages: int) -> None:
     lax.fori_loop(jnp.maximum(steps - stages, 0), steps, step, None)
 
 
-def visible(start: Any, stop: Any, first_key: Any, shape: tuple[int, int], *, keys_axis: int) -> Any:
-    """Which of a tile's scores count, from its queries' intervals and its first key."""
-    key = plgpu.broadcasted_iota(jnp.int32, shape, keys_axis, layout=MATRIX) + first_key
-    start, stop = (lax.broadcast_in_dim(x, shape, [1 - keys_axis]) for x in (start, stop))
-    return (start <= key) & (key < stop)
+def anew(index: Any, step: Any) -> Any:
+    """The same index, in a form that differs between steps as far as a compiler can tell.
+
+    Else it keeps the descriptors of all pieces of a tile, two registers each, from step to step, and for want of
+    registers in memory; an addition apiece makes them anew.
+    """
+    return index + lax.shift_right_logical(step, jnp.int32(30))
+
+
+def write(staging: Any, to: Any, values: Any, *, copied: bool) -> None:
+    """Writes a warpgroup's results: ``copied`` by way of shared memory, which cuts them at the end, or else at once."""
+    if not copied:
+        to[...] = values
+        return
+    staging[...] = values
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(staging, to)
+
+
+def hide(scores: Any, bounds: Callable[[int], Any], first_key: Any, *, keys_axis: int) -> Any:
+    """-inf for scores of keys outside their queries' intervals.
+
+    ``bounds`` gives the start (0) and the stop (1) of each query, one after the other, so that they need not be in
+    registers at once.
+    """
+    key = plgpu.broadcasted_iota(jnp.int32, scores.shape, keys_axis, layout=MATRIX) + first_key
+    scores = jnp.where(spread(bounds(0), scores.shape, 1 - keys_axis) <= key, scores, jnp.float32(-jnp.inf))
+    return jnp.where(key < spread(bounds(1), scores.shape, 1 - keys_axis), scores, jnp.float32(-jnp.inf))
 
 
 def log2_logits(products: Any, scale: float, softcap: float | None) -> tuple[Any, Any]:
