@@ -25,4 +25,4 @@ def choose(op: str, candidates: Mapping[str, Callable[[], str | None]]) -> str:
 
 @functools.cache
 def _say(op: str, name: str, last: str, reason: str) -> None:
-    logging.info("%s: implementation=%r instead of %r: %s", op, last, name, reason)
+    logging.warning("%s: implementation=%r instead of %r: %s", op, last, name, reason)

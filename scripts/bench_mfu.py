@@ -211,7 +211,7 @@ def work(request: dict[str, Any]) -> dict[str, Any]:
     """The body of a setting's process; returns what is common to all settings, and this one's result."""
     import jax
 
-    from ml.models.cost import peak_flops
+    from pallas_kernels.chips import peak_flops
 
     setting, devices = Setting(**request["setting"]), jax.devices()
     device_kind = devices[0].device_kind

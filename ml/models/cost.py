@@ -1,4 +1,4 @@
-"""What a model costs: parameters, FLOPs and activation memory, from its configuration alone; and what a chip gives.
+"""What a model costs: parameters, FLOPs and activation memory, from its configuration alone.
 
 Derivations are per token and per layer; the tests hold them against the model itself and against XLA's own analysis.
 """
@@ -52,80 +52,6 @@ class ActivationMemory:
     def total(self) -> int:
         """The peak."""
         return self.saved + max(self.block, self.head)
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """Data-sheet figures of one JAX device.
-
-    Attributes:
-      bf16_flops: dense matrix FLOP/s in bfloat16.
-      float32_flops: dense matrix FLOP/s on float32 operands at JAX's default precision, which is TF32 on NVIDIA and one
-        bfloat16 pass on TPU.
-      memory_bytes: capacity of device memory.
-      memory_bandwidth: bytes/s.
-      link_bandwidth: bytes/s, one way, of one link to a neighbour (TPU: ICI) or of all links to the switch (NVLink);
-        ``None``: not known to us.
-      network_bandwidth: bytes/s, one way, of the device's share of its host's network (DCN, InfiniBand).
-    """
-
-    bf16_flops: float
-    float32_flops: float
-    memory_bytes: float
-    memory_bandwidth: float
-    link_bandwidth: float | None = None
-    network_bandwidth: float | None = None
-
-
-def _tpu(bf16: float, gibibytes: float, bandwidth: float, link: float | None = None, dcn: float | None = None) -> Chip:
-    return Chip(bf16, bf16, gibibytes * 2**30, bandwidth, link, dcn)
-
-
-# Keys are `jax.Device.device_kind`. Figures without structured sparsity.
-# TPU: cloud.google.com/tpu/docs, one page per generation. A v3 device is one of the chip's two cores.
-# A TPU's link: the page's "bidirectional ICI bandwidth per chip" over its ports (4 in 2 dimensions, 6 in 3) over 2.
-# Its network: v5e 6.4 Tbit/s a pod of 256, v5p 50 Gbit/s a chip; v6e is not stated there and taken from 25.6 Tbit/s a
-# pod (four 200 Gbit/s ports for eight chips), which we could not confirm.
-# NVIDIA: the data sheets of the H200, H100, A100, B200, GH200, L40S and L4 (nvidia.com); where a sheet gives only
-# figures with sparsity, half of them. Links: NVLink 4, 900 GB/s both ways together. Network: one 400 Gbit/s port a GPU,
-# as in NVIDIA's DGX H100 and H200; other machines have less.
-CHIPS = {
-    "TPU v3": _tpu(61.5e12, 16, 450e9),
-    "TPU v4": _tpu(275e12, 32, 1228e9),
-    "TPU v5 lite": _tpu(197e12, 16, 819e9, 50e9, 3.125e9),
-    "TPU v5e": _tpu(197e12, 16, 819e9, 50e9, 3.125e9),
-    "TPU v5": _tpu(459e12, 95, 2765e9, 100e9, 6.25e9),
-    "TPU v5p": _tpu(459e12, 95, 2765e9, 100e9, 6.25e9),
-    "TPU v6 lite": _tpu(918e12, 32, 1640e9, 100e9, 12.5e9),
-    "TPU v6e": _tpu(918e12, 32, 1640e9, 100e9, 12.5e9),
-    "NVIDIA H200": Chip(989e12, 494.5e12, 141e9, 4.8e12, 450e9, 50e9),
-    "NVIDIA H100 80GB HBM3": Chip(989e12, 494.5e12, 80e9, 3.35e12, 450e9, 50e9),
-    "NVIDIA H100 PCIe": Chip(756e12, 378e12, 80e9, 2.0e12),
-    "NVIDIA H100 NVL": Chip(835e12, 417.5e12, 94e9, 3.9e12),
-    "NVIDIA GH200 480GB": Chip(989e12, 494.5e12, 96e9, 4.0e12),
-    "NVIDIA B200": Chip(2250e12, 1125e12, 180e9, 7.7e12),
-    "NVIDIA A100-SXM4-40GB": Chip(312e12, 156e12, 40e9, 1.555e12),
-    "NVIDIA A100-PCIE-40GB": Chip(312e12, 156e12, 40e9, 1.555e12),
-    "NVIDIA A100-SXM4-80GB": Chip(312e12, 156e12, 80e9, 2.039e12),
-    "NVIDIA A100 80GB PCIe": Chip(312e12, 156e12, 80e9, 1.935e12),
-    "NVIDIA L40S": Chip(362e12, 183e12, 48e9, 864e9),
-    "NVIDIA L4": Chip(121e12, 60e12, 24e9, 300e9),
-}
-
-
-def peak_flops(device_kind: str, dtype: Any) -> float | None:
-    """Dense matrix FLOP/s of one device for operands of ``dtype``; ``None`` if unknown (a CPU, a chip not in `CHIPS`).
-
-    Args:
-      device_kind: of a `jax.Device`.
-      dtype: bfloat16, float16 or float32.
-    """
-    chip = CHIPS.get(device_kind)
-    if chip is None:
-        return None
-    return {"bfloat16": chip.bf16_flops, "float16": chip.bf16_flops, "float32": chip.float32_flops}.get(
-        jnp.dtype(dtype).name
-    )
 
 
 def parameter_count(config: TransformerConfig) -> ParameterCount:

@@ -9,7 +9,7 @@ import jax
 
 from ml.checkpoint import Checkpointer
 from ml.data import Prepared
-from ml.models.cost import parameter_count, peak_flops, train_flops_per_token
+from ml.models.cost import parameter_count, train_flops_per_token
 from ml.parallel import place_batch
 from ml.parallel.processes import Agreement, Watch
 from ml.train.config import ExperimentConfig
@@ -20,6 +20,7 @@ from ml.train.recorder import Pending, Recorder
 from ml.train.setup import make_parts, make_state
 from ml.train.step import make_train_step
 from ml.train.workdir import Workdir
+from pallas_kernels.chips import peak_flops
 
 
 @dataclasses.dataclass(frozen=True)

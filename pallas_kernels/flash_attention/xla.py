@@ -139,7 +139,7 @@ def backward(
                 (dk, dv), block = jax.lax.optimization_barrier(((dk, dv), block))
             dq_part, dk_part, dv_part = _gradients(*block, first, scale, softcap)
             parts.append(dq_part.astype(dtypes[0]))
-            dk, dv = dk.at[:, :, first:last].add(dk_part), dv.at[:, :, first:last].add(dv_part)
+            dk, dv = _added(dk, dk_part, first, 2), _added(dv, dv_part, first, 2)
         dq = jnp.concatenate(parts, axis=3)
     else:
         tile_q, tile_kv = config.tiles(queries, keys)
@@ -157,9 +157,7 @@ def backward(
                 dq, dk, dv = sums
                 rows = tuple(_tile(x, i, tile_q, 3) for x in per_row)
                 parts = _gradients(rows, k_tile, v_tile, _tile(intervals, i, tile_q, 1), j * tile_kv, scale, softcap)
-                dq_tile = _tile(dq, i, tile_q, 3) + parts[0]
-                dq = jax.lax.dynamic_update_slice_in_dim(dq, dq_tile, i * tile_q, axis=3)
-                return dq, dk + parts[1], dv + parts[2]
+                return _added(dq, parts[0], i * tile_q, 3), dk + parts[1], dv + parts[2]
 
             dq, dk, dv = jax.lax.fori_loop(first[j], last[j], add, (dq, *nothing))
             return dq, (dk, dv)
@@ -217,10 +215,12 @@ def _gradients(rows, k, v, intervals, first, scale, softcap) -> _Sums:
     dweights = _dot("bhgqd,bhkd->bhgqk", dout, v)
     dlogits = weights * (dweights - delta[..., None]) * scale
     dlogits = (dlogits if slope is None else dlogits * slope).astype(k.dtype)
+    # Held back from being fused into the transpositions that two of the products want, one exponential at a time.
+    weights, dlogits = jax.lax.optimization_barrier((weights.astype(dout.dtype), dlogits))
     return (
         _dot("bhgqk,bhkd->bhgqd", dlogits, k),
         _dot("bhgqk,bhgqd->bhkd", dlogits, q),
-        _dot("bhgqk,bhgqd->bhkd", weights.astype(dout.dtype), dout),
+        _dot("bhgqk,bhgqd->bhkd", weights, dout),
     )
 
 
@@ -232,7 +232,9 @@ def _logits(q, k, intervals, first, scale, softcap):
         logits, slope = softcap * bounded, 1.0 - jnp.square(bounded)
     start, stop = (intervals[:, None, None, :, i, None] for i in range(2))
     column = first + jnp.arange(k.shape[2], dtype=jnp.int32)
-    return logits, (start <= column) & (column < stop), slope
+    # Computed once for all heads, as whole words: fused into every use it would be what takes the most time on CPU.
+    visible = jax.lax.optimization_barrier(((start <= column) & (column < stop)).astype(jnp.int32))
+    return logits, visible != 0, slope
 
 
 def _finite(peak: jax.Array) -> jax.Array:
@@ -268,6 +270,12 @@ def _padded(x: jax.Array, size: int, axis: int) -> jax.Array:
 
 def _tile(x: jax.Array, i: Any, size: int, axis: int) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(x, i * size, size, axis=axis)
+
+
+def _added(x: jax.Array, part: jax.Array, start: Any, axis: int) -> jax.Array:
+    """``x`` with a part of it increased, in place where the compiler can (a scatter would be slow on CPU)."""
+    part = part + jax.lax.dynamic_slice_in_dim(x, start, part.shape[axis], axis=axis)
+    return jax.lax.dynamic_update_slice_in_dim(x, part, start, axis=axis)
 
 
 def _joined(tiles: jax.Array, axis: int) -> jax.Array:

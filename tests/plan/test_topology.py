@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from ml.errors import UserError
-from ml.models.cost import CHIPS
 from ml.parallel import AXES
 from ml.plan.links import bandwidth, grid
 from ml.plan.topology import FAMILIES, parse
+from pallas_kernels.chips import CHIPS
 
 
 @pytest.mark.parametrize(
