@@ -50,6 +50,9 @@ class TpuConfig:
 def heuristic(chip: str | None, dtype: Any, head_dim: int) -> TpuConfig:
     """What the static schedules favour."""
     chip = ALIASES.get(chip, chip) if chip else chip
+    if jnp.dtype(dtype).itemsize == 4:
+        # A product is six of the unit's own: smaller tiles keep the program in bounds.
+        return TpuConfig(512, 512, 512, 512, 512, 512, 512, 512)
     if chip in ("TPU v5 lite", "TPU v5") and head_dim <= LANES:
         # Small matrix units: few queries at a time against many keys keep the scores near the registers.
         return TpuConfig(rows=256, columns=1024, rows_backward=512)
