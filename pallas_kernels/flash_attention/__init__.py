@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.fallback import choose
 from pallas_kernels.flash_attention import cudnn, reference, splash
 from pallas_kernels.flash_attention.backend import Backend
-from pallas_kernels.flash_attention.intervals import Band, self_intervals, static_band
+from pallas_kernels.flash_attention.intervals import Band, Intervals, self_intervals, static_band
 from pallas_kernels.flash_attention.vjp import Call, attend
 from pallas_kernels.platform import platform
 from pallas_kernels.sharded import on_shards
@@ -37,7 +37,7 @@ def flash_attention(
     *,
     segment_ids: Int[Array, "batch queries"] | None = None,
     window: int | Int[Array, ""] | None = None,
-    intervals: Int[Array, "batch queries 2"] | None = None,
+    intervals: Intervals | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     return_lse: bool = False,

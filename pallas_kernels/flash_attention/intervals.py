@@ -68,13 +68,13 @@ class Band(NamedTuple):
     after: int
 
 
-def static_band(intervals: Int[np.ndarray, "batch queries 2"]) -> Band:
-    """The narrowest band that holds them."""
+def static_band(intervals: Any) -> Band:
+    """The narrowest band that holds intervals in a NumPy array."""
     start, stop = intervals[..., 0], intervals[..., 1]
     row, some = np.arange(intervals.shape[1]), start < stop
     if not some.any():
         return Band(0, -1)
-    return Band(int((row - start)[some].max()), int((stop - 1 - row)[some].max()))
+    return Band(int(np.max((row - start)[some])), int(np.max((stop - 1 - row)[some])))
 
 
 def clipped(intervals: Intervals, keys: int) -> Intervals:

@@ -8,6 +8,7 @@ first to the last tile that `tile_bounds` finds.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -16,6 +17,11 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.flash_attention.intervals import Band, clipped, tile_bounds, transposed_tile_bounds
 
+# The weighted sum of values, the greatest logit and the sum of weights; or the gradients of query, key and value.
+_Sums = tuple[jax.Array, jax.Array, jax.Array]
+# ``((first query, after the last), (first key, after the last))`` of each.
+_Blocks = list[tuple[tuple[int, int], tuple[int, int]]]
+
 
 @dataclasses.dataclass(frozen=True)
 class XlaConfig:
@@ -23,7 +29,7 @@ class XlaConfig:
 
     Attributes:
       block: queries of an unrolled block: their scores against a few thousand keys stay in a core's cache.
-      max_blocks: beyond so many the unrolled program grows long, and its blocks of scores large; loops take over.
+      max_blocks: beyond so many the unrolled program grows long, and its blocks too wide for a cache; loops take over.
       tile_q, tile_kv: queries and keys of a loop's tile, at most: enough work for a matrix unit, few enough that the
         scores of all heads stay small.
     """
@@ -46,9 +52,7 @@ def why_not(query: Any, key: Any, value: Any, *, softcap: float | None, config: 
     return None
 
 
-def unrolled_blocks(
-    config: XlaConfig, band: Band | None, queries: int, keys: int
-) -> list[tuple[tuple[int, int], tuple[int, int]]] | None:
+def unrolled_blocks(config: XlaConfig, band: Band | None, queries: int, keys: int) -> _Blocks | None:
     """Blocks of queries, and the keys that each may see: at least one key, since empty arrays are to be avoided.
 
     Returns:
@@ -81,42 +85,50 @@ def forward(
     if not query.shape[1] or not key.shape[1]:
         return jnp.zeros_like(query, out_dtype), jnp.full_like(query[..., 0], -jnp.inf, jnp.float32)
     q, k, v = _grouped(query, key), _heads_first(key), _heads_first(value)
-    queries, keys = query.shape[1], key.shape[1]
-    intervals = clipped(intervals, keys)
-    if (blocks := unrolled_blocks(config, band, queries, keys)) is not None:
-        parts: list[Any] = []
-        for (start, stop), (first, last) in blocks:
-            block = q[..., start:stop, :], k[:, :, first:last], v[:, :, first:last], intervals[:, start:stop]
-            if parts:
-                # One block after the other: a scheduler that is free to would keep the scores of all at once.
-                parts[-1], block = jax.lax.optimization_barrier((parts[-1], block))
-            parts.append(_finished(_attend(*block, first, scale, softcap), out_dtype))
-        out, lse = (jnp.concatenate(x, axis=3) for x in zip(*parts, strict=True))
-        return _ungrouped(out), _ungrouped(lse)
+    intervals = jnp.asarray(clipped(intervals, key.shape[1]))
+    blocks = unrolled_blocks(config, band, query.shape[1], key.shape[1])
+    attend = functools.partial(_attend, scale=scale, softcap=softcap)
+    if blocks is not None:
+        out, lse = _forward_unrolled(attend, blocks, q, k, v, intervals, out_dtype)
+    else:
+        out, lse = _forward_loops(attend, config, q, k, v, intervals, out_dtype)
+    return _ungrouped(out), _ungrouped(lse)
+
+
+def _forward_unrolled(attend: Any, blocks: _Blocks, q: Any, k: Any, v: Any, intervals: Any, dtype: Any) -> Any:
+    parts: list[Any] = []
+    for (start, stop), (first, last) in blocks:
+        block = q[..., start:stop, :], k[:, :, first:last], v[:, :, first:last], intervals[:, start:stop]
+        if parts:
+            # One block after the other: a scheduler that is free to would keep the scores of all at once.
+            parts[-1], block = jax.lax.optimization_barrier((parts[-1], block))
+        parts.append(_finished(attend(*block, first), dtype))
+    return tuple(jnp.concatenate(x, axis=3) for x in zip(*parts, strict=True))
+
+
+def _forward_loops(attend: Any, config: XlaConfig, q: Any, k: Any, v: Any, intervals: Any, dtype: Any) -> Any:
+    queries, keys = q.shape[3], k.shape[2]
     tile_q, tile_kv = config.tiles(queries, keys)
     tiles = tile_bounds(intervals, tile_q, tile_kv, keys)
-    first, last = tiles.first.min(0), tiles.last.max(0)
+    first, last = tiles.first.min(axis=0), tiles.last.max(axis=0)
     q, k, v, intervals = (
-        _padded(q, tile_q, 3),
-        _padded(k, tile_kv, 2),
-        _padded(v, tile_kv, 2),
-        _padded(intervals, tile_q, 1),
+        _padded(x, size, axis)
+        for x, size, axis in ((q, tile_q, 3), (k, tile_kv, 2), (v, tile_kv, 2), (intervals, tile_q, 1))
     )
     some = q[..., :tile_q, :]
     nothing = tuple(_like(x, y, k, intervals) for x, y in ((some, 0.0), (some[..., 0], -jnp.inf), (some[..., 0], 0.0)))
 
     def row(i: Any) -> Any:
-        q_tile, interval = _tile(q, i, tile_q, 3), _tile(intervals, i, tile_q, 1)
+        q_tile, visible = _tile(q, i, tile_q, 3), _tile(intervals, i, tile_q, 1)
 
         def add(j: Any, sums: _Sums) -> _Sums:
-            keys = _tile(k, j, tile_kv, 2), _tile(v, j, tile_kv, 2)
-            part = _attend(q_tile, *keys, interval, j * tile_kv, scale, softcap)
+            part = attend(q_tile, _tile(k, j, tile_kv, 2), _tile(v, j, tile_kv, 2), visible, j * tile_kv)
             return _together(sums, part)
 
-        return _finished(jax.lax.fori_loop(first[i], last[i], add, nothing), out_dtype)
+        return _finished(jax.lax.fori_loop(first[i], last[i], add, nothing), dtype)
 
-    out, lse = jax.lax.map(row, jnp.arange(len(first)))
-    return _ungrouped(_joined(out, 3)[..., :queries, :]), _ungrouped(_joined(lse, 3)[..., :queries])
+    out, lse = jax.lax.map(row, jnp.arange(first.shape[0]))
+    return _joined(out, 3)[..., :queries, :], _joined(lse, 3)[..., :queries]
 
 
 def backward(
@@ -141,52 +153,62 @@ def backward(
     """See `pallas_kernels.flash_attention.backend.Backend.backward`; ``band`` is a promise about the intervals."""
     config = config or XlaConfig()
     dtypes = [out_dtype or x.dtype for x in (query, key, value)]
-    queries, keys = query.shape[1], key.shape[1]
-    if not queries or not keys:
-        return tuple(jnp.zeros_like(x, dtype) for x, dtype in zip((query, key, value), dtypes, strict=True))
-    per_row = tuple(_grouped(x, key) for x in (query, out_gradient.astype(value.dtype), lse, delta))
-    k, v = _heads_first(key), _heads_first(value)
-    intervals = clipped(intervals, keys)
-    if (blocks := unrolled_blocks(config, band, queries, keys)) is not None:
-        parts: list[Any] = []
-        dk, dv = (_like(x, 0.0, query, intervals) for x in (k, v))
-        for (start, stop), (first, last) in blocks:
-            rows = tuple(jax.lax.slice_in_dim(x, start, stop, axis=3) for x in per_row)
-            block = rows, k[:, :, first:last], v[:, :, first:last], intervals[:, start:stop]
-            if parts:
-                (dk, dv), block = jax.lax.optimization_barrier(((dk, dv), block))
-            dq_part, dk_part, dv_part = _gradients(*block, first, scale, softcap)
-            parts.append(dq_part.astype(dtypes[0]))
-            dk, dv = _added(dk, dk_part, first, 2), _added(dv, dv_part, first, 2)
-        dq = jnp.concatenate(parts, axis=3)
+    results: Any = query, key, value
+    if query.shape[1] and key.shape[1]:
+        per_row = tuple(_grouped(x, key) for x in (query, out_gradient.astype(value.dtype), lse, delta))
+        k, v = _heads_first(key), _heads_first(value)
+        intervals = jnp.asarray(clipped(intervals, key.shape[1]))
+        blocks = unrolled_blocks(config, band, query.shape[1], key.shape[1])
+        gradients = functools.partial(_gradients, scale=scale, softcap=softcap)
+        if blocks is not None:
+            dq, dk, dv = _backward_unrolled(gradients, blocks, per_row, k, v, intervals, dtypes[0])
+        else:
+            dq, dk, dv = _backward_loops(gradients, config, per_row, k, v, intervals)
+        results = _ungrouped(dq), _heads_first(dk), _heads_first(dv)
     else:
-        tile_q, tile_kv = config.tiles(queries, keys)
-        tiles = transposed_tile_bounds(intervals, tile_q, tile_kv, keys)
-        first, last = tiles.first.min(0), tiles.last.max(0)
-        per_row = tuple(_padded(x, tile_q, 3) for x in per_row)
-        k, v, intervals = _padded(k, tile_kv, 2), _padded(v, tile_kv, 2), _padded(intervals, tile_q, 1)
-        dq = _like(per_row[0], 0.0, intervals, k)
-        nothing = tuple(_like(x[:, :, :tile_kv], 0.0, intervals, per_row[0]) for x in (k, v))
-
-        def column(dq: jax.Array, j: Any) -> Any:
-            k_tile, v_tile = _tile(k, j, tile_kv, 2), _tile(v, j, tile_kv, 2)
-
-            def add(i: Any, sums: Any) -> Any:
-                dq, dk, dv = sums
-                rows = tuple(_tile(x, i, tile_q, 3) for x in per_row)
-                parts = _gradients(rows, k_tile, v_tile, _tile(intervals, i, tile_q, 1), j * tile_kv, scale, softcap)
-                return _added(dq, parts[0], i * tile_q, 3), dk + parts[1], dv + parts[2]
-
-            dq, dk, dv = jax.lax.fori_loop(first[j], last[j], add, (dq, *nothing))
-            return dq, (dk, dv)
-
-        dq, (dk, dv) = jax.lax.scan(column, dq, jnp.arange(len(first)))
-        dq, dk, dv = dq[..., :queries, :], *(_joined(x, 2)[:, :, :keys] for x in (dk, dv))
-    results = _ungrouped(dq), _heads_first(dk), _heads_first(dv)
-    return tuple(x.astype(dtype) for x, dtype in zip(results, dtypes, strict=True))
+        results = tuple(jnp.zeros_like(x) for x in results)
+    dq, dk, dv = (x.astype(dtype) for x, dtype in zip(results, dtypes, strict=True))
+    return dq, dk, dv
 
 
-_Sums = tuple[jax.Array, jax.Array, jax.Array]
+def _backward_unrolled(
+    gradients: Any, blocks: _Blocks, per_row: Any, k: Any, v: Any, intervals: Any, dtype: Any
+) -> _Sums:
+    parts: list[Any] = []
+    dk, dv = (_like(x, 0.0, per_row[0], intervals) for x in (k, v))
+    for (start, stop), (first, last) in blocks:
+        rows = tuple(jax.lax.slice_in_dim(x, start, stop, axis=3) for x in per_row)
+        block = rows, k[:, :, first:last], v[:, :, first:last], intervals[:, start:stop]
+        if parts:
+            (dk, dv), block = jax.lax.optimization_barrier(((dk, dv), block))
+        dq_part, dk_part, dv_part = gradients(*block, first)
+        parts.append(dq_part.astype(dtype))
+        dk, dv = _added(dk, dk_part, first, 2), _added(dv, dv_part, first, 2)
+    return jnp.concatenate(parts, axis=3), dk, dv
+
+
+def _backward_loops(gradients: Any, config: XlaConfig, per_row: Any, k: Any, v: Any, intervals: Any) -> _Sums:
+    queries, keys = intervals.shape[1], k.shape[2]
+    tile_q, tile_kv = config.tiles(queries, keys)
+    tiles = transposed_tile_bounds(intervals, tile_q, tile_kv, keys)
+    first, last = tiles.first.min(axis=0), tiles.last.max(axis=0)
+    per_row = tuple(_padded(x, tile_q, 3) for x in per_row)
+    k, v, intervals = _padded(k, tile_kv, 2), _padded(v, tile_kv, 2), _padded(intervals, tile_q, 1)
+    nothing = tuple(_like(x[:, :, :tile_kv], 0.0, intervals, per_row[0]) for x in (k, v))
+
+    def column(dq: jax.Array, j: Any) -> Any:
+        k_tile, v_tile = _tile(k, j, tile_kv, 2), _tile(v, j, tile_kv, 2)
+
+        def add(i: Any, sums: _Sums) -> _Sums:
+            rows = tuple(_tile(x, i, tile_q, 3) for x in per_row)
+            parts = gradients(rows, k_tile, v_tile, _tile(intervals, i, tile_q, 1), j * tile_kv)
+            return _added(sums[0], parts[0], i * tile_q, 3), sums[1] + parts[1], sums[2] + parts[2]
+
+        dq, dk, dv = jax.lax.fori_loop(first[j], last[j], add, (dq, *nothing))
+        return dq, (dk, dv)
+
+    dq, (dk, dv) = jax.lax.scan(column, _like(per_row[0], 0.0, intervals, k), jnp.arange(first.shape[0]))
+    return dq[..., :queries, :], _joined(dk, 2)[:, :, :keys], _joined(dv, 2)[:, :, :keys]
 
 
 def _attend(q, k, v, intervals, first, scale, softcap) -> _Sums:
@@ -206,8 +228,8 @@ def _together(one: _Sums, other: _Sums) -> _Sums:
     """Of both sets of keys."""
     peak = jnp.maximum(one[1], other[1])
     shares = [jnp.exp(x[1] - _finite(peak)) for x in (one, other)]
-    out = sum(x[0] * share[..., None] for x, share in zip((one, other), shares, strict=True))
-    return out, peak, sum(x[2] * share for x, share in zip((one, other), shares, strict=True))
+    out = one[0] * shares[0][..., None] + other[0] * shares[1][..., None]
+    return out, peak, one[2] * shares[0] + other[2] * shares[1]
 
 
 def _finished(sums: _Sums, dtype: Any) -> tuple[jax.Array, jax.Array]:

@@ -53,11 +53,12 @@ def test_derivatives_are_finite_and_those_of_the_formula():
 
     def plain(a, b):
         x, y = jnp.exp(a[1] - 20.0), jnp.exp(b[1] - 20.0)
-        return (x[:, None] * a[0] + y[:, None] * b[0]) / (x + y)[:, None], jnp.log(x + y)
+        return (x[:, None] * a[0] + y[:, None] * b[0]) / (x + y)[:, None], 20.0 + jnp.log(x + y)
 
     def gradient(function, rows):
         loss = lambda a, b: sum(jnp.sin(x[rows]).sum() for x in function(a, b))  # noqa: E731
         return jax.grad(loss, (0, 1))(a, b)
 
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradient(lambda a, b: merge(a, b)[:1], slice(None))))
-    close(gradient(merge, slice(2, None)), gradient(plain, slice(2, None)))
+    ours, theirs = (jax.tree.map(lambda x: x[2:], gradient(f, slice(2, None))) for f in (merge, plain))
+    close(ours, theirs)
