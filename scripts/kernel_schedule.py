@@ -79,9 +79,8 @@ def _figures(kernel: dict[str, Any]) -> str:
         text = f"{kernel['bundles']} bundles, {kernel['hot_bundles']} hot ({shares}), {kernel['spill_stores']} spills"
         return text + f", {kernel['vmem_bytes'] / 2**20:.1f} MiB of VMEM"
     text = f"{kernel['registers']} registers, {kernel['spill_stores']} bytes spilled, "
-    text += (
-        f"{kernel['smem_bytes'] / 1024:.0f} KiB of shared memory, {kernel['wgmma']} wgmma, {kernel['tma_loads']} TMA"
-    )
+    text += f"{kernel['smem_bytes'] / 1024:.0f} KiB of shared memory, "
+    text += f"{kernel['wgmma']} wgmma, {kernel['tma_loads']} TMA loads"
     return text + "".join(f"; {warning}" for warning in kernel["warnings"])
 
 

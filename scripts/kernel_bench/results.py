@@ -50,14 +50,14 @@ def case_result(
 ) -> dict[str, Any]:
     """A case's bounds, and each program's time as a fraction of them (1: as fast as can be)."""
     chip = chip_of(device_kind)
-    flops, copied = ceilings["matmul_flops_per_second"], ceilings["copy_bytes_per_second"]
+    flops, moved = ceilings["matmul_flops_per_second"], ceilings["memory_bytes_per_second"]
     result: dict[str, Any] = {
         "name": case.name,
         "settings": dict(case.settings),
         "flops": case.cost.flops,
         "bytes": case.cost.bytes,
-        "bound": case.cost.bound(flops, copied),
-        "ceiling_seconds": case.bound(flops, copied),
+        "bound": case.cost.bound(flops, moved),
+        "ceiling_seconds": case.bound(flops, moved),
     }
     peak = peak_flops(device_kind, case.dtype)
     if chip is not None and peak is not None:
@@ -72,6 +72,9 @@ def case_result(
         }
         if "datasheet_seconds" in result:
             programs[name]["of_datasheet"] = result["datasheet_seconds"] / seconds
+    impossible = [name for name, times in programs.items() if times.get("of_datasheet", 0) > 1.1]
+    if impossible:
+        more["faster_than_the_data_sheet"] = impossible
     return result | {"programs": programs} | more
 
 

@@ -1,4 +1,8 @@
-"""Times programs in turns: JAX functions many times over inside one compiled loop, others by calling them."""
+"""Times programs in turns.
+
+A JAX function is called once for each set of arguments inside one compiled program, all of whose results are kept: so a
+short call is not a program's start, and no work can be left out or done once for all.
+"""
 
 import dataclasses
 import statistics
@@ -33,7 +37,7 @@ class Timer:
     def __init__(self, program: Program, turn_seconds: float):
         self.name = program.name
         self._calls = len(program.sets)
-        self._run = _torch_loop(program) if program.framework == "torch" else _jax_loop(program)
+        self._run = _torch_calls(program) if program.framework == "torch" else _jax_calls(program)
         self._repeats = 1
         self._run(1)
         first = self.turn()
@@ -59,36 +63,33 @@ def interleaved(timers: Sequence[Timer], rounds: int) -> dict[str, dict[str, Any
     return results
 
 
-def _jax_loop(program: Program) -> Callable[[int], None]:
+def _jax_calls(program: Program) -> Callable[[int], None]:
     import jax
-    import jax.numpy as jnp
 
-    @jax.jit
-    def loop(sets: Any, repeats: Any) -> Any:
-        def once(_: Any, total: Any) -> Any:
-            for arguments in sets:
-                # Each call waits for the one before and is made again in every pass; its whole result is wanted.
-                arguments, total = jax.lax.optimization_barrier((arguments, total))
-                result = jax.lax.optimization_barrier(program.function(*arguments))
-                total = total + sum(leaf.ravel()[0].astype(jnp.float32) for leaf in jax.tree.leaves(result))
-            return total
+    def once(sets: Any) -> list[Any]:
+        results: list[Any] = []
+        for arguments in sets:
+            if results:  # one after the other
+                arguments, results[-1] = jax.lax.optimization_barrier((arguments, results[-1]))
+            results.append(program.function(*arguments))
+        return results  # whole, or the compiler would leave out what is not wanted
 
-        return jax.lax.fori_loop(0, repeats, once, jnp.float32(0))
-
-    compiled: Any = None
     sets = list(program.sets)
+    compiled = jax.jit(once).lower(sets).compile()
+    # A CPU would work on several programs at once; for the others they queue up, so that no start is waited for.
+    wait = jax.default_backend() == "cpu"
 
     def run(repeats: int) -> None:
-        nonlocal compiled
-        count = jnp.int32(repeats)
-        if compiled is None:
-            compiled = loop.lower(sets, count).compile()
-        jax.block_until_ready(compiled(sets, count))
+        for _ in range(repeats):
+            results = compiled(sets)
+            if wait:
+                jax.block_until_ready(results)
+        jax.block_until_ready(results)
 
     return run
 
 
-def _torch_loop(program: Program) -> Callable[[int], None]:
+def _torch_calls(program: Program) -> Callable[[int], None]:
     import torch
 
     def run(repeats: int) -> None:
