@@ -2,15 +2,21 @@
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 .SILENT:
-.PHONY: help env env-parity quickstart test test-all test-parity test-oldest lint format typecheck clean
+.PHONY: help env env-parity env-cuda quickstart test test-all test-parity test-oldest test-cuda gpu gpu-wheels
+.PHONY: lint format typecheck clean
 
 # Two test processes fill two cores; more need about 2 GB of memory each.
 JOBS ?= 2
 # More arguments for pytest, for example ARGS="tests/optim -k lamb" or ARGS=-x.
 ARGS ?=
+# Tests that need no environment or device of their own.
+HERE := not parity and not cuda and not gpu
 SETUP := scripts/setup_env.sh
 PY := .venv/bin/python
 PARITY_PY := .venv-parity/bin/python
+CUDA_PY := .venv-cuda/bin/python
+# The GPU machine's own interpreter: it brings JAX for its GPU and, for comparison, torch.
+GPU_PY ?= python3
 PYTEST := -m pytest -q -n $(JOBS) --dist worksteal
 
 help: ## show this
@@ -23,20 +29,32 @@ env: ## make or refresh .venv (every target below does that by itself)
 env-parity:
 	$(SETUP) --venv .venv-parity --extras test,parity --constraints py311 --prefer 3.11
 
+env-cuda:
+	$(SETUP) --venv .venv-cuda --extras test,cuda13-compile
+
 quickstart: env ## train a small language model on this machine, then sample from it (minutes)
 	$(PY) scripts/quickstart.py
 
 test: lint typecheck ## lint, types and every test but the slow ones
-	$(PY) $(PYTEST) -m "not slow and not parity" $(ARGS)
+	$(PY) $(PYTEST) -m "not slow and $(HERE)" $(ARGS)
 
 test-all: lint typecheck ## the same with the slow sweeps
-	$(PY) $(PYTEST) -m "not parity" $(ARGS)
+	$(PY) $(PYTEST) -m "$(HERE)" $(ARGS)
 
 test-parity: env-parity ## compare with torch and transformers, in an environment of its own (.venv-parity)
 	$(PARITY_PY) $(PYTEST) -m "parity" $(ARGS)
 
 test-oldest: env-parity ## every test but the slow ones with the oldest supported Python and JAX
-	$(PARITY_PY) $(PYTEST) -m "not slow and not parity" $(ARGS)
+	$(PARITY_PY) $(PYTEST) -m "not slow and $(HERE)" $(ARGS)
+
+test-cuda: env-cuda ## compile the GPU kernels for an absent H200, in an environment of its own (.venv-cuda)
+	$(CUDA_PY) $(PYTEST) -m "cuda" $(ARGS)
+
+gpu: ## on a machine with an H200 or H100: its tests and all kernel benchmarks in 10 minutes; needs no network [GPU_PY=python3]
+	$(GPU_PY) scripts/run_on_gpu.py $(ARGS)
+
+gpu-wheels: ## download what `make gpu` may lack on such a machine, to wheels/
+	$(GPU_PY) scripts/run_on_gpu.py --download
 
 lint: env ## check style and formatting (ruff)
 	$(PY) -m ruff check --quiet .

@@ -35,15 +35,26 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-@pytest.fixture(scope="module")
-def absent_tpus():
-    """Compiling for TPUs that are not here. Such a program can be written to the cache, but not read again."""
+def _uncached():
+    """A program for a device that is not here can be written to the cache, but not read again."""
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 
-    pytest.importorskip("libtpu", reason="libtpu has no wheel for this machine")
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()
     yield
     jax.config.update("jax_enable_compilation_cache", True)
     compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def absent_tpus():
+    """Compiling for TPUs that are not here."""
+    pytest.importorskip("libtpu", reason="libtpu has no wheel for this machine")
+    yield from _uncached()
+
+
+@pytest.fixture(scope="module")
+def absent_gpus():
+    """Compiling for NVIDIA GPUs that are not here (tests marked ``cuda``)."""
+    yield from _uncached()

@@ -5,13 +5,13 @@ The devices need not exist: their compilers can describe them (`jax.experimental
 
 import dataclasses
 import math
-import os
 import re
 from typing import Any
 
 import jax
 
 from ml.errors import UserError, nearest
+from pallas_kernels import absent
 from pallas_kernels.chips import CHIPS, Chip
 
 _GIB = 2**30
@@ -58,29 +58,6 @@ FAMILIES = {
     "h200": Family("NVIDIA H200", 0.93 * 139 * _GIB, _NODES, 0, '"jax[cuda13]"'),
 }
 
-_H200_DESCRIPTION = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
-  shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
-  core_count: 132 fpus_per_core: 128 registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 4800000000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 149250000000
-  cuda_compute_capability { major: 9 minor: 0 }
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 8 patch: 0 }
-runtime_version { major: 12 minor: 8 patch: 0 }
-device_description_str: "NVIDIA H200"
-"""
-
-# The TPU's compiler is to look neither for the machine that it runs on nor for another process that has loaded it.
-_COMPILER_ALONE = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_HOST_BOUNDS": "1,1,1",
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
@@ -124,29 +101,15 @@ class Topology:
         Raises:
           UserError: that compiler is not installed.
         """
-        from jax.experimental import topologies
-
-        for variable, value in _COMPILER_ALONE.items():
-            os.environ.setdefault(variable, value)
+        shape: tuple[int, ...] = self.shape
+        if self.platform == "gpu":
+            (count,) = self.shape
+            per_node = min(count, GPUS_PER_NODE)
+            shape = (count // per_node, per_node)
         try:
-            return list(topologies.get_topology_desc(**self._request()).devices)
-        except Exception as error:  # whatever the plugin that is missing or too old makes of it
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(f"--topology={self.name}: {reason}; try pip install {self.kind.wheels}") from error
-
-    def _request(self) -> dict[str, Any]:
-        if self.platform == "tpu":
-            shape = "x".join(map(str, self.shape))
-            slices = {} if self.slices == 1 else {"num_slices": self.slices}
-            return {"platform": "tpu", "topology_name": f"{self.family}:{shape}", **slices}
-        (count,) = self.shape
-        per_node = min(count, GPUS_PER_NODE)
-        return {
-            "platform": "cuda",
-            "topology_name": self.family,
-            "target_config": _H200_DESCRIPTION,
-            "topology": f"{self.slices} x {count // per_node} x {per_node}",
-        }
+            return absent.devices(self.family, shape, self.slices)
+        except absent.CompilerMissing as error:
+            raise UserError(f"--topology={self.name}: {error}; try pip install {self.kind.wheels}") from error
 
 
 def parse(name: str, slices: int = 1) -> Topology:
