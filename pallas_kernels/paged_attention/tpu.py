@@ -1,8 +1,12 @@
 """The core on TPUs, in Pallas: how a call is laid out for the kernel, and its sizes.
 
 Without a fixed order of summation, segments of one row and of many go to two calls of the same kernel, with small and
-large tiles, which write their own rows of one result. In a fixed order there is one call, whose matrix products all have
-the same shape; a tile computes as many of them as it has rows.
+large tiles, which write their own rows of one result. In a fixed order there is one call, whose matrix products all
+have the same shape; a tile computes as many of them as it has rows.
+
+The kernel takes a cache as XLA lays it out, which for keys and values costs no copy whatever their shape. The scales of
+a quantized cache it takes without one where ``page_size`` is a multiple of 128; of smaller pages XLA makes the page
+number the innermost axis, and neither this kernel nor `write`'s scatter works in that layout.
 """
 
 import dataclasses
@@ -27,7 +31,7 @@ _MIB = 2**20
 # What a chip has that `CHIPS` does not name.
 _SMALLEST_VMEM = 16 * _MIB
 # Keys and values of a block, together, and what keeps a matrix unit busy: rows of a tile, times the group.
-_BLOCK_BYTES, _TILE_ROWS, _COMPUTE = _MIB, 512, 512
+_BLOCK_BYTES, _TILE_ROWS, _COMPUTE = 2 * _MIB, 512, 512
 # Numbers of keys that one stretch of code unpacks.
 _UNPACKED = 2**18
 # Rows of every matrix product of the fixed order, times the group: a decode pays for all, prefill would like more.
@@ -93,8 +97,8 @@ def why_not(query, cache, *, decode) -> str | None:
 def heuristic(query: Any, cache: Any, device_kind: str | None = None) -> TpuConfig:
     """Sizes for a case from its shapes alone.
 
-    Blocks of about a megabyte are what device memory needs to be read at its full rate; tiles of 512 rows, group times
-    query rows, hide the reading of a block behind its multiplication.
+    Blocks of two megabytes are more than device memory needs to be read at its full rate; 512 rows (group times query
+    rows) against 512 tokens keep the matrix units busy nearly all the time.
     """
     _, _, page_size, kv_heads, head_dim = cache.key.shape
     group = _padded_group(query.shape[1] // kv_heads)
@@ -320,8 +324,8 @@ class _Call:
         # Beside what the kernel names, the compiler keeps values there that registers cannot hold.
         if held > vmem * 3 // 4 and platform() == "tpu":
             raise ValueError(
-                f"TpuConfig {self.config} needs {held} bytes of vector memory, and {self.kind} has {vmem}; take smaller "
-                f"blocks or fewer rows"
+                f"TpuConfig {self.config} needs {held} bytes of vector memory, and {self.kind} has {vmem}; "
+                "take smaller blocks or fewer rows"
             )
         return vmem * 9 // 10
 

@@ -3,8 +3,8 @@
 A page in device memory is ``[page_size, kv_heads, head_dim]`` with the last two axes in tiles: the heads of a token are
 neighbouring sublanes, and types of less than 32 bits share a 32-bit word between neighbouring heads. Slicing a head as
 an array would shuffle sublanes row by row. Instead whole words are read with a stride, which the load unit does at no
-cost, and the head's bits are shifted out of them. Where heads do not fill words or tiles, XLA itself lays the heads of a
-page out one after the other; then a head is a plain block (`interleaved` says which it is).
+cost, and the head's bits are shifted out of them. Where heads do not fill words or tiles, XLA itself lays the heads of
+a page out one after the other; then a head is a plain block (`interleaved` says which it is).
 """
 
 from typing import Any
@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-
 
 _LANES = 128
 # A stretch of code unpacks about so many values, at least so many tokens: more are longer to compile than to run.
@@ -43,15 +42,16 @@ def unpack(block: Any, to: Any, spread: Any | None) -> None:
     while piece > _LEAST and piece * kv_heads * width > _PIECE:
         piece //= 2
 
-    def unpack_piece(begin: int | jax.Array) -> None:
+    def unpack_piece(begin: Any) -> int:
         rows = pl.ds(pl.multiple_of(begin, piece), piece)
         for h, x in enumerate(heads_of(block.at[rows], to.dtype, spread)):
             to[h, rows] = x
+        return 0
 
     if piece == tokens:
         unpack_piece(0)
     else:
-        jax.lax.fori_loop(0, tokens // piece, lambda i, _: unpack_piece(i * piece) or 0, 0)
+        jax.lax.fori_loop(0, tokens // piece, lambda i, _: unpack_piece(i * piece), 0)
 
 
 def heads_of(block: Any, dtype: Any, spread: Any | None) -> list[jax.Array]:

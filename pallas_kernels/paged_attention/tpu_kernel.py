@@ -10,7 +10,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -343,7 +342,7 @@ class _Core:
 
     # A block.
 
-    def _block(self, tile: Any, blocks: Any, step: Any, block: Any, _: Any) -> Any:
+    def _block(self, tile: Any, blocks: Any, step: Any, block: Any, unused: Any) -> Any:
         s, m = self.s, self.m
         slot = lax.rem(step + block, 2)
         same = block + 1 < blocks
@@ -366,19 +365,21 @@ class _Core:
                 lanes = slice(j * s.page_size, (j + 1) * s.page_size)
                 m["key_factor"][:, lanes] = m["key_scale"][slot, j]
                 m["value_factor"][:, lanes] = m["value_scale"][slot, j]
-        for column in range(0, s.block, s.compute):
+
+        def some_tokens(i: Any, _: Any) -> Any:
+            column = i * s.compute
             here = token + column
             full = (full_begin <= here) & (here + s.compute <= full_end)
 
-            @pl.when(full)
-            def _(column=column, here=here):
-                self._attend(tile, slot, column, None)
+            pl.when(full)(lambda: self._attend(tile, slot, column, None))
+            some = jnp.logical_not(full) & (here < end)
+            pl.when(some)(lambda: self._attend(tile, slot, column, (here, begin, end)))
 
-            @pl.when(jnp.logical_not(full) & (here < end))
-            def _(column=column, here=here):
-                self._attend(tile, slot, column, (here, begin, end))
+            return 0
 
-        return 0
+        if s.block == s.compute:
+            return some_tokens(0, 0)
+        return lax.fori_loop(0, s.block // s.compute, some_tokens, 0)
 
     def _stage(self, slot: Any) -> None:
         s, m = self.s, self.m
@@ -389,13 +390,13 @@ class _Core:
                 for h in range(s.kv_heads):
                     m[f"{name}_heads"][h] = m[name][slot, h].astype(jnp.float32).astype(s.compute_dtype)
 
-    def _attend(self, tile: Any, slot: Any, column: int, mask: Any) -> None:
+    def _attend(self, tile: Any, slot: Any, column: Any, mask: Any) -> None:
         s = self.s
         if not s.staged and s.together == s.kv_heads:
             keys, values = self._heads("key", slot, column), self._heads("value", slot, column)
             self._add(range(s.kv_heads), keys, values, column, mask, slice(None))
             return
-        tokens = slice(column, column + s.compute)
+        tokens = self._tokens(column)
 
         def some_heads(rows: Any, first: Any) -> Any:
             heads = [first + i for i in range(s.together)]
@@ -416,28 +417,34 @@ class _Core:
         else:
             lax.fori_loop(0, _cdiv(self._field(tile, tiles.COUNT), s.chunk), chunk, 0)
 
-    def _heads(self, name: str, slot: Any, column: int) -> list[Any]:
+    def _tokens(self, column: Any) -> Any:
+        """Of a block, from a column on."""
+        if self.s.block == self.s.compute:
+            return slice(None)
+        return pl.ds(pl.multiple_of(column, self.s.compute), self.s.compute)
+
+    def _heads(self, name: str, slot: Any, column: Any) -> list[Any]:
         """Of the block as it came."""
-        s, tokens = self.s, slice(column, column + self.s.compute)
+        s, tokens = self.s, self._tokens(column)
         if s.interleaved:
             return heads_of(self.m[name].at[slot, tokens], s.compute_dtype, self.m.get("spread"))
         heads = [self.m[name][slot, h, tokens] for h in range(s.kv_heads)]
         return [x if x.dtype == s.compute_dtype else x.astype(jnp.float32).astype(s.compute_dtype) for x in heads]
 
-    def _add(self, heads: Any, keys: Any, values: Any, column: int, mask: Any, rows: Any) -> None:
+    def _add(self, heads: Any, keys: Any, values: Any, column: Any, mask: Any, rows: Any) -> None:
         """Adds some tokens to some rows of some heads, whose scores lie one below the other."""
         s, m = self.s, self.m
-        tokens = slice(column, column + s.compute)
+        tokens = self._tokens(column)
 
         def stacked(parts: Any) -> Any:
             parts = list(parts)
             return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=0)
 
-        scores = [_dot(m["query"][h, rows], key, NT) for h, key in zip(heads, keys, strict=True)]
-        size = scores[0].shape[0]
+        by_head = [_dot(m["query"][h, rows], key, NT) for h, key in zip(heads, keys, strict=True)]
+        size = by_head[0].shape[0]
         if s.quantized:
-            scores = [x * m["key_factor"][pl.ds(h, 1), tokens] for h, x in zip(heads, scores, strict=True)]
-        scores = stacked(scores)
+            by_head = [x * m["key_factor"][pl.ds(h, 1), tokens] for h, x in zip(heads, by_head, strict=True)]
+        scores = stacked(by_head)
         if s.softcap is not None:
             scores = jnp.tanh(scores) * jnp.float32(s.softcap * LOG2E)
         seen = None

@@ -82,8 +82,8 @@ def make_tiles(
     pages = jnp.where(any_sees, (highest + page_size - 1) // page_size - first_page, 0)
     full_begin = jnp.max(jnp.where(mine, first, 0), axis=1)
     full_end = jnp.min(jnp.where(mine, jnp.where(first < last, last, 0), jnp.iinfo(jnp.int32).max), axis=1)
-    fields = (row, segments.out_begin[segment] + offset, count, segments.table_row[segment])
-    fields = (*fields, first_page, pages, begin, end, full_begin, full_end)
+    out, table_row = segments.out_begin[segment] + offset, segments.table_row[segment]
+    fields = (row, out, count, table_row, first_page, pages, begin, end, full_begin, full_end)
     table = jnp.stack([x.astype(jnp.int32) for x in fields], axis=1).reshape(-1)
     return Tiles(table, _bounds(jnp.where(used, blocks_of(pages * page_size, block), 0), until[-1], cores))
 

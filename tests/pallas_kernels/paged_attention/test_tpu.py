@@ -1,4 +1,4 @@
-"""The TPU kernel, interpreted, against the reference: types, groups, pages, masks, mixes of rows, and the fixed order."""
+"""The TPU kernel, interpreted, against the reference: types, groups, pages, masks, mixes of rows, the fixed order."""
 
 import dataclasses
 import functools
@@ -167,7 +167,14 @@ def test_rows_below_the_nodes_of_a_tree(cores):
     segments = Segments(
         *(
             jnp.asarray(x, jnp.int32)
-            for x in ([0, 3, 14, 5], [20, 11, 1, 0], [2, 0, 1, 3], [0, 256, 128, 0], [256, 300, 128, 64], [25, 4, 0, 47])
+            for x in (
+                [0, 3, 14, 5],
+                [20, 11, 1, 0],
+                [2, 0, 1, 3],
+                [0, 256, 128, 0],
+                [256, 300, 128, 64],
+                [25, 4, 0, 47],
+            )
         )
     )
     written = np.zeros(outputs, bool)
@@ -274,9 +281,7 @@ def test_impossible_sizes_are_refused(sizes, named):
 def test_unsupported_cases_are_named():
     def why(query="bfloat16", cache="bfloat16", page_size=16, kv_heads=8, head_dim=128):
         shape = jax.ShapeDtypeStruct((2, 9, page_size, kv_heads, head_dim), cache)
-        return tpu.why_not(
-            jax.ShapeDtypeStruct((4, 16, head_dim), query), PagedCache(shape, shape), decode=True
-        )
+        return tpu.why_not(jax.ShapeDtypeStruct((4, 16, head_dim), query), PagedCache(shape, shape), decode=True)
 
     assert why() is None
     assert "float16" in why(query="float16")
@@ -291,4 +296,4 @@ def test_unsupported_cases_are_named():
 def test_heuristic_fills_blocks_and_tiles():
     shape = jax.ShapeDtypeStruct((2, 9, 64, 8, 128), jnp.bfloat16)
     config = tpu.heuristic(jax.ShapeDtypeStruct((4, 32, 128), jnp.bfloat16), PagedCache(shape, shape), "TPU v5")
-    assert config == tpu.TpuConfig(block=256, compute=256, rows=128, ordered_rows=8, cores=2)
+    assert config == tpu.TpuConfig(block=512, compute=512, rows=128, ordered_rows=8, cores=2)
