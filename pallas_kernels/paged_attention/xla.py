@@ -16,8 +16,8 @@ from pallas_kernels.paged_attention.segments import Carry, ordered_block
 from pallas_kernels.paged_attention.xla_rows import attend_rows
 from pallas_kernels.paged_attention.xla_tiles import attend_tiles
 
-# Bytes of keys in float32 that are multiplied at once: with as many of values they fit the second level of cache.
-_CHUNK_BYTES = 2**20
+# Bytes of keys in float32: chunks are no larger, and lanes are added until a step has work for all cores.
+_CHUNK_BYTES, _STEP_BYTES = 2**21, 2**19
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ def heuristic(query: Any, cache: PagedCache, block_table: Any) -> XlaConfig:
     per_token = 4 * kv_heads * head_dim
     longest = block_table.shape[1] * cache.page_size
     chunk = min(max(_floor_power(_CHUNK_BYTES // per_token), 128), 512, _ceil_power(longest))
-    lanes = min(max(_CHUNK_BYTES // (chunk * per_token), 1), 4, block_table.shape[0])
+    lanes = min(max(_STEP_BYTES // (chunk * per_token), 1), 4, block_table.shape[0])
     tile = min(max(256 // group, 1), _ceil_power(query.shape[0]))
     return XlaConfig(lanes=lanes, chunk=chunk, tile=tile)
 
@@ -103,9 +103,7 @@ def attend(
         return out, lse
     carry = Carry.nothing(outputs, heads, head_dim)
     carry = jax.tree.map(lambda x: x.reshape(outputs, kv_heads, group, *x.shape[2:]), carry)
-    carry = attend_tiles(
-        *operands, segments.query_count > 1, carry, tile=config.tile, chunk=config.chunk, **scores
-    )
+    carry = attend_tiles(*operands, segments.query_count > 1, carry, tile=config.tile, chunk=config.chunk, **scores)
     tiled_out, tiled_lse = finish(jax.tree.map(lambda x: x.reshape(outputs, heads, *x.shape[3:]), carry))
     mine = owner >= 0
     return jnp.where(mine[:, None, None], out, tiled_out), jnp.where(mine[:, None], lse, tiled_lse)

@@ -12,7 +12,9 @@ from pallas_kernels.paged_attention.segments import Carry
 from pallas_kernels.paged_attention.xla_scores import PRECISION, capped, seen
 
 
-def attend_tiles(query, position, cache: PagedCache, layer, block_table, segments, active, carry, *, tile, chunk, **scores):
+def attend_tiles(
+    query, position, cache: PagedCache, layer, block_table, segments, active, carry, *, tile, chunk, **scores
+):
     """Goes on from ``carry`` with the tokens of the segments that are ``active``.
 
     A tile is ``tile`` rows of one segment, of which the last may be empty. Its chunks begin at multiples of ``chunk``
