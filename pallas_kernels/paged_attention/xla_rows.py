@@ -1,8 +1,5 @@
-"""Segments of one row each, as in decoding: chunks of all of them dealt out evenly to a few lanes that advance together."""
+"""Segments of one row each, as in decoding: chunks of all of them, dealt out evenly to lanes that advance together."""
 
-import functools
-
-import jax
 import jax.numpy as jnp
 from jax import lax
 

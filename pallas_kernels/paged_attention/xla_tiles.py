@@ -1,4 +1,4 @@
-"""Segments of many rows, as in prefill and below a shared prefix: tiles of rows, one after the other, against chunks."""
+"""Segments of many rows, as in prefill and below a shared prefix: one tile of rows after the other, against chunks."""
 
 import dataclasses
 
@@ -82,7 +82,7 @@ def attend_tiles(
 
 
 def _add(carry: Carry, q, cache: PagedCache, layer, where: xla_chunks.Chunk, visible, softcap):
-    """Adds a chunk. ``q`` and ``carry`` are ``[1, kv_heads, tile * group(, head_dim)]``, ``visible`` ``[tile, chunk]``."""
+    """Adds a chunk; ``q`` and ``carry`` are ``[1, kv_heads, tile * group(, head_dim)]``, visible ``[tile, chunk]``."""
     key = xla_chunks.by_head(cache.key, layer, where)
     logits = jnp.einsum("rhmd,rhtd->rhmt", q, key, precision=PRECISION())
     if cache.quantized:
