@@ -14,10 +14,13 @@ import jax.numpy as jnp
 from pallas_kernels.paged_attention.cache import PagedCache
 from pallas_kernels.paged_attention.segments import Carry, ordered_block
 from pallas_kernels.paged_attention.xla_rows import attend_rows
+from pallas_kernels.paged_attention.xla_scores import seen
 from pallas_kernels.paged_attention.xla_tiles import attend_tiles
 
-# Bytes of keys in float32 that are multiplied at once: with as many of values they fit the second level of cache.
-_CHUNK_BYTES = 2**20
+# Bytes of keys in float32: chunks are no larger, and lanes are added until a step has work for all cores.
+_CHUNK_BYTES, _STEP_BYTES = 2**21, 2**19
+# Tokens of a chunk of the rows that see no more.
+_SHORT = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +51,7 @@ def heuristic(query: Any, cache: PagedCache, block_table: Any) -> XlaConfig:
     per_token = 4 * kv_heads * head_dim
     longest = block_table.shape[1] * cache.page_size
     chunk = min(max(_floor_power(_CHUNK_BYTES // per_token), 128), 512, _ceil_power(longest))
-    lanes = min(max(_CHUNK_BYTES // (chunk * per_token), 1), 4, block_table.shape[0])
+    lanes = min(max(_STEP_BYTES // (chunk * per_token), 1), 4, block_table.shape[0])
     tile = min(max(256 // group, 1), _ceil_power(query.shape[0]))
     return XlaConfig(lanes=lanes, chunk=chunk, tile=tile)
 
@@ -94,7 +97,15 @@ def attend(
         carry = attend_tiles(*operands, active, carry, tile=tile, chunk=ordered_block(cache.page_size), **scores)
         return jax.tree.map(lambda x: x.reshape(outputs, heads, *x.shape[3:]), carry)
     alone = segments.query_count == 1
-    out, lse = attend_rows(*operands, alone, lanes=config.lanes, chunk=config.chunk, **scores)
+    # What is short next to a chunk, as a sequence behind its shared prefix, would mostly be padding.
+    first = jnp.clip(segments.query_begin, 0, rows - 1)
+    low, high = seen(position[first], segments.kv_begin, segments.kv_end, window)
+    few = min(_SHORT, config.chunk)
+    short = high - low <= few
+    out, lse = attend_rows(*operands, alone & ~short, lanes=config.lanes, chunk=config.chunk, **scores)
+    lanes = min(config.lanes * config.chunk // few, 4, alone.size)
+    short_out, short_lse = attend_rows(*operands, alone & short, lanes=lanes, chunk=few, **scores)
+    out, lse = jnp.where(short[:, None, None, None], short_out, out), jnp.where(short[:, None, None], short_lse, lse)
     # Which segment an output row belongs to.
     index = jnp.where(alone, segments.out_begin, outputs)
     owner = jnp.full(outputs, -1, jnp.int32).at[index].set(jnp.arange(alone.size, dtype=jnp.int32), mode="drop")
@@ -103,9 +114,7 @@ def attend(
         return out, lse
     carry = Carry.nothing(outputs, heads, head_dim)
     carry = jax.tree.map(lambda x: x.reshape(outputs, kv_heads, group, *x.shape[2:]), carry)
-    carry = attend_tiles(
-        *operands, segments.query_count > 1, carry, tile=config.tile, chunk=config.chunk, **scores
-    )
+    carry = attend_tiles(*operands, segments.query_count > 1, carry, tile=config.tile, chunk=config.chunk, **scores)
     tiled_out, tiled_lse = finish(jax.tree.map(lambda x: x.reshape(outputs, heads, *x.shape[3:]), carry))
     mine = owner >= 0
     return jnp.where(mine[:, None, None], out, tiled_out), jnp.where(mine[:, None], lse, tiled_lse)

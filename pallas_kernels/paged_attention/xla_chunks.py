@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.paged_attention.cache import PagedCache
 from pallas_kernels.platform import platform
 
 
@@ -16,7 +15,7 @@ from pallas_kernels.platform import platform
 class Chunk:
     """Where the tokens of a chunk lie. Those that nobody may see are replaced by one that somebody may.
 
-    So whatever is gathered was stored by someone: slack of a page and pages of others, which may hold NaN, are not read.
+    So whatever is gathered was stored by someone: slack of a page and others' pages, which may hold NaN, are not read.
 
     Attributes:
       pages: of each token, in the cache.
@@ -38,7 +37,7 @@ def locate(
     tokens: int,
     page_size: int,
 ) -> Chunk:
-    """The chunk of ``tokens`` tokens from ``first`` on, of which ``low <= j < high`` may be seen, at least one of them."""
+    """The chunk of so many ``tokens`` from ``first`` on, of which ``low <= j < high`` may be seen: at least one."""
     token = first[:, None] + jnp.arange(tokens, dtype=jnp.int32)
     visible = (token >= low[:, None]) & (token < high[:, None])
     token = jnp.where(visible, token, jnp.maximum(first, low)[:, None])

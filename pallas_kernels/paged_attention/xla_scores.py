@@ -16,6 +16,6 @@ def capped(logits, softcap):
     return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 
-def PRECISION():  # noqa: N802
+def PRECISION():
     """Of products in float32, which accelerators would round their operands for."""
     return None if platform() == "cpu" else "highest"

@@ -1,4 +1,4 @@
-"""Segments of many rows, as in prefill and below a shared prefix: tiles of rows, one after the other, against chunks."""
+"""Segments of many rows, as in prefill and below a shared prefix: one tile of rows after the other, against chunks."""
 
 import dataclasses
 
@@ -12,7 +12,9 @@ from pallas_kernels.paged_attention.segments import Carry
 from pallas_kernels.paged_attention.xla_scores import PRECISION, capped, seen
 
 
-def attend_tiles(query, position, cache: PagedCache, layer, block_table, segments, active, carry, *, tile, chunk, **scores):
+def attend_tiles(
+    query, position, cache: PagedCache, layer, block_table, segments, active, carry, *, tile, chunk, **scores
+):
     """Goes on from ``carry`` with the tokens of the segments that are ``active``.
 
     A tile is ``tile`` rows of one segment, of which the last may be empty. Its chunks begin at multiples of ``chunk``
@@ -80,7 +82,7 @@ def attend_tiles(query, position, cache: PagedCache, layer, block_table, segment
 
 
 def _add(carry: Carry, q, cache: PagedCache, layer, where: xla_chunks.Chunk, visible, softcap):
-    """Adds a chunk. ``q`` and ``carry`` are ``[1, kv_heads, tile * group(, head_dim)]``, ``visible`` ``[tile, chunk]``."""
+    """Adds a chunk; ``q`` and ``carry`` are ``[1, kv_heads, tile * group(, head_dim)]``, visible ``[tile, chunk]``."""
     key = xla_chunks.by_head(cache.key, layer, where)
     logits = jnp.einsum("rhmd,rhtd->rhmt", q, key, precision=PRECISION())
     if cache.quantized:

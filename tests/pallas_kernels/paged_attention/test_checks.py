@@ -85,7 +85,10 @@ BAD_TABLES = {
         {"block_table": [[0, 1, 2], [3, 6, 5]]},
         r"block_table must hold pages 0 .. 5 up to a row's length; entry \(1, 1\) does not",
     ),
-    "negative page": ({"block_table": [[0, 1, -1], [3, 4, 5]]}, r"block_table must hold pages .* entry \(0, 2\) does not"),
+    "negative page": (
+        {"block_table": [[0, 1, -1], [3, 4, 5]]},
+        r"block_table must hold pages .* entry \(0, 2\) does not",
+    ),
     "start inside a page": ({"starts": [0, 8]}, r"starts must be multiples of the page size 16; entry \(1,\) does not"),
     "falling": ({"query_starts": [0, 2, 1]}, r"query_starts must rise by 0 .. lengths\[s\] .* entry \(1,\) does not"),
     "more rows than tokens": (
