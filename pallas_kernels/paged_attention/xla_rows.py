@@ -64,7 +64,7 @@ def attend_rows(query, position, cache: PagedCache, layer, block_table, segments
         outs, lses, total, weight, peak, at, (where, slot, continued, q) = state
         key = xla_chunks.by_head(cache.key, layer, where)
         logits = jnp.einsum("rhtd,rhgd->rhtg", key, q, precision=PRECISION()).swapaxes(-1, -2)
-        if cache.quantized:
+        if cache.key_scale is not None:
             logits = logits * xla_chunks.scales(cache.key_scale, layer, where)[:, :, None]
         logits = jnp.where(where.visible[:, None, None], capped(logits, scores["softcap"]), -jnp.inf)
         before = jnp.where(continued[:, None, None] > 0, peak, -jnp.inf)
@@ -72,7 +72,7 @@ def attend_rows(query, position, cache: PagedCache, layer, block_table, segments
         weights = jnp.exp(logits - peak[..., None])
         decay = continued[:, None, None] * jnp.exp(before - peak)
         weight = weight * decay + weights.sum(axis=-1)
-        if cache.quantized:
+        if cache.value_scale is not None:
             weights = weights * xla_chunks.scales(cache.value_scale, layer, where)[:, :, None]
         value = xla_chunks.by_token(cache.value, layer, where)
         if group == 1:

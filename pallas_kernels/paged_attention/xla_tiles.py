@@ -85,7 +85,7 @@ def _add(carry: Carry, q, cache: PagedCache, layer, where: xla_chunks.Chunk, vis
     """Adds a chunk; ``q`` and ``carry`` are ``[1, kv_heads, tile * group(, head_dim)]``, visible ``[tile, chunk]``."""
     key = xla_chunks.by_head(cache.key, layer, where)
     logits = jnp.einsum("rhmd,rhtd->rhmt", q, key, precision=PRECISION())
-    if cache.quantized:
+    if cache.key_scale is not None:
         logits = logits * xla_chunks.scales(cache.key_scale, layer, where)[:, :, None]
     visible = jnp.repeat(visible, q.shape[2] // visible.shape[0], axis=0)
     logits = jnp.where(visible, capped(logits, softcap), -jnp.inf)
@@ -94,7 +94,7 @@ def _add(carry: Carry, q, cache: PagedCache, layer, where: xla_chunks.Chunk, vis
     weights = jnp.exp(logits - shift[..., None])
     decay = jnp.exp(carry.peak - shift)
     weight = carry.weight * decay + weights.sum(axis=-1)
-    if cache.quantized:
+    if cache.value_scale is not None:
         weights = weights * xla_chunks.scales(cache.value_scale, layer, where)[:, :, None]
     value = xla_chunks.by_head(cache.value, layer, where)
     new = jnp.einsum("rhmt,rhtd->rhmd", weights, value, precision=PRECISION())
