@@ -2,8 +2,8 @@
 
 FlashAttention-3's schedule (Shah et al. 2024, section 3). A block has one warpgroup that copies keys and values into a
 ring of shared memory and others that compute, each with rows of queries of its own. A computing warpgroup starts the
-scores of a step before the values of the step before are multiplied in, so that its softmax runs beside that matmul, and
-the warpgroups take turns at the tensor cores, so that it also runs beside the other's.
+scores of a step before it multiplies in the values of the step before, so that its softmax runs beside that matmul. The
+warpgroups take turns at the tensor cores, so that it runs beside the other's, too.
 
 Why nothing is read too early or overwritten too early:
 
@@ -48,16 +48,18 @@ def forward(
     config: GpuConfig | None = None,
 ) -> tuple[Float[Array, "batch queries heads head_dim"], Float[Array, "batch queries heads"]]:
     """See `pallas_kernels.flash_attention.backend.Backend.forward`."""
-    config = config_for(config, query.shape[-1])
+    config = config_for(config, query, key, softcap)
     out_dtype = jnp.dtype(query.dtype if out_dtype is None else out_dtype)
-    batch, length, heads, head_dim = query.shape
+    length, head_dim = query.shape[1::2]
     if not query.size or not key.size:
         return jnp.zeros(query.shape, out_dtype), jnp.full(query.shape[:-1], -jnp.inf)
     rows = config.block_q * config.warpgroups
     count = -(-length // rows)
     bounds = tile_bounds(jnp.asarray(intervals), rows, config.block_kv, key.shape[1])
     out, lse = _forward(
-        *(tiles.whole(x) for x in (query, key, value)),
+        tiles.whole(query),
+        tiles.whole(key),
+        tiles.whole(value),
         tiles.rows_of(intervals, key.shape[1], count * rows),
         tiles.scalars_of(bounds, -(-key.shape[1] // config.block_kv)),
         scale=scale,
@@ -100,7 +102,7 @@ def _forward(query, key, value, intervals, bounds, *, scale, softcap, out_dtype,
                 slot = lax.rem(i, jnp.int32(stages))
                 at = (batch, pl.ds((first + i) * block_kv, block_kv), kv_head)
                 for hbm, smem, ready, free in ((k_hbm, k_smem, k_ready, k_free), (v_hbm, v_smem, v_ready, v_free)):
-                    pl.when(i >= stages)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
+                    tiles.wait_if(i >= stages, free.at[slot])
                     plgpu.copy_gmem_to_smem(hbm.at[at], smem.at[slot], ready.at[slot])
 
             lax.fori_loop(0, steps, step, None)

@@ -46,7 +46,7 @@ def backward(
     Float[Array, "batch keys kv_heads head_dim"],
 ]:
     """See `pallas_kernels.flash_attention.backend.Backend.backward`."""
-    config = config_for(config, query.shape[-1])
+    config = config_for(config, query, key, softcap)
     out_dtype = jnp.dtype(query.dtype if out_dtype is None else out_dtype)
     (length, _, head_dim), keys = query.shape[1:], key.shape[1]
     if not query.size or not key.size:
@@ -125,7 +125,7 @@ def _queries(query, key, value, out_gradient, statistics, intervals, bounds, *, 
                 at = (batch, pl.ds((first + i) * block_kv, block_kv), kv_head)
                 # Values first: their slot is free first.
                 for hbm, smem, ready, free in ((v_hbm, v_smem, v_ready, v_free), (k_hbm, k_smem, k_ready, k_free)):
-                    pl.when(i >= stages)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
+                    tiles.wait_if(i >= stages, free.at[slot])
                     plgpu.copy_gmem_to_smem(hbm.at[at], smem.at[slot], ready.at[slot])
 
             lax.fori_loop(0, steps, step, None)
@@ -274,7 +274,7 @@ def _keys(query, key, value, out_gradient, statistics, intervals, bounds, *, spl
                 slot = lax.rem(i, jnp.int32(stages))
                 here = pl.ds((first + lax.rem(i, each)) * block_q, block_q)
                 head = kv_head * group + lax.div(i, each)
-                pl.when(i >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
+                tiles.wait_if(i >= stages, free.at[slot])
                 for source, target in (
                     (q_hbm.at[batch, here, head], q_smem),
                     (do_hbm.at[batch, here, head], do_smem),

@@ -1,15 +1,21 @@
 """Tiles of the GPU kernels, what they cost in shared memory and registers, and which cases the kernels take."""
 
 import dataclasses
+import re
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+
+from pallas_kernels.chips import CHIPS
+from pallas_kernels.platform import chip, platform
+from pallas_kernels.tuning import tuned_config
 
 # A matmul of a warpgroup has 64 rows, and rows of 64 elements of 16 bits fill the 128 bytes of a swizzle.
 ROWS = 64
 COLUMNS = 64
 # Shared memory that a block of an H100 or H200 may ask for, less what barriers and the alignment of buffers take.
-SMEM_BYTES = 232_448 - 1_024
+SMEM_BYTES = CHIPS["NVIDIA H200"].smem_bytes - 1_024
 # Registers of a thread, 64 k to a block, by the number of computing warpgroups beside the one that copies: what a
 # computing thread may take once the copying ones have given theirs back, and what these keep.
 REGISTERS = {1: (255, 255), 2: (240, 24), 3: (160, 24)}
@@ -109,26 +115,39 @@ def splits_columns(head_dim: int) -> bool:
     return head_dim > 128
 
 
-def heuristic(head_dim: int) -> GpuConfig:
-    """The default for a head size: the widest steps that fit."""
+def heuristic(head_dim: int, softcap: float | None = None) -> GpuConfig:
+    """The default: the widest steps that fit into shared memory and registers."""
     head_dim = padded_head_dim(head_dim)
     if head_dim <= 64:
-        return GpuConfig(block_kv=128, stages=3, dq_block_kv=128, dkv_block_q=64, dkv_stages=3)
+        return GpuConfig(stages=3, dq_block_kv=128, dkv_stages=3)
     if head_dim <= 128:
-        return GpuConfig()
+        # Soft-capping keeps one more tile of values, for which there are registers at 64 keys.
+        return GpuConfig(dq_block_kv=128 if softcap is None else 64)
     return GpuConfig(block_kv=64, dq_stages=2 if head_dim <= 192 else 1)
 
 
-def config_for(config: GpuConfig | None, head_dim: int) -> GpuConfig:
-    """The given configuration or the default, checked."""
-    config = heuristic(head_dim) if config is None else config
-    config.check(head_dim)
+def config_for(config: GpuConfig | None, query: jax.Array, key: jax.Array, softcap: float | None) -> GpuConfig:
+    """The given configuration, or the tuning table's, or the default; checked.
+
+    Raises:
+      ValueError: the kernels cannot run with it.
+    """
+    if config is None:
+        _, queries, heads, head_dim = query.shape
+        shape: dict[str, Any] = {"head_dim": head_dim, "queries": queries, "keys": key.shape[1]}
+        shape |= {"heads": heads, "kv_heads": key.shape[2], "softcap": softcap is not None}
+        config = tuned_config(GpuConfig, "flash_attention", chip(), query.dtype, **shape)
+    if config is None:
+        config = heuristic(query.shape[-1], softcap)
+    config.check(query.shape[-1])
     return config
 
 
 def why_not(query: Any, key: Any, value: Any, *, softcap: float | None, config: Any) -> str | None:
     """See `pallas_kernels.flash_attention.backend.Backend`."""
     del softcap
+    if platform() == "gpu" and not _is_hopper(chip()):
+        return f"the chip is {chip()!r}, and the kernels are for Hopper (H100, H200)"
     if query.dtype not in (jnp.bfloat16, jnp.float16):
         return f"query is {query.dtype}, and the tensor cores are fed bfloat16 or float16"
     if key.dtype != query.dtype or value.dtype != query.dtype:
@@ -146,3 +165,8 @@ def why_not(query: Any, key: Any, value: Any, *, softcap: float | None, config: 
     except ValueError as error:
         return str(error)
     return None
+
+
+def _is_hopper(kind: str | None) -> bool:
+    """The one generation with these matmul instructions: later ones have others."""
+    return kind is not None and re.search(r"\bG?H(20|100|200|800)\b", kind) is not None

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.flash_attention.gpu_config import COLUMNS, padded_head_dim
@@ -50,6 +51,11 @@ def set_registers(count: int, *, computes: bool) -> None:
     """Takes registers from the warpgroup that copies for those that compute."""
     if count < 255:
         plgpu.set_max_registers(count, action="increase" if computes else "decrease")
+
+
+def wait_if(condition: Any, barrier: Any) -> None:
+    """Waits for the barrier where the condition holds."""
+    pl.when(condition)(lambda: plgpu.barrier_wait(barrier))
 
 
 def drain(barriers: tuple[Any, ...], steps: Any, stages: int) -> None:
@@ -109,7 +115,7 @@ def spread(values: Any, shape: tuple[int, int], axis: int) -> Any:
 
 
 def whole(x: jax.Array, head_dim: int | None = None) -> jax.Array:
-    """``[batch, length, heads, head_dim]`` with whole swizzles; the copy engine fills up tiles beyond the end with 0."""
+    """``[batch, length, heads, head_dim]`` in whole swizzles; beyond its end the copy engine fills up tiles with 0."""
     head_dim = padded_head_dim(x.shape[-1]) if head_dim is None else head_dim
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % _SWIZZLE_ROWS), (0, 0), (0, head_dim - x.shape[-1])))
 
