@@ -52,13 +52,13 @@ def backward(
     if not query.size or not key.size:
         return tuple(jnp.zeros(x.shape, out_dtype) for x in (query, key, value))  # type: ignore[return-value]
     intervals = jnp.asarray(intervals)
-    operands = (query, key, value, out_gradient.astype(query.dtype))
-    options = {"scale": scale, "softcap": softcap, "out_dtype": out_dtype, "config": config}
+    operands: Any = (query, key, value, out_gradient.astype(query.dtype))
+    options: Any = {"scale": scale, "softcap": softcap, "out_dtype": out_dtype, "config": config}
 
     rows = ROWS * config.dq_warpgroups
     padded = -(-length // rows) * rows
     dq = _queries(
-        *(tiles.whole(x) for x in operands),
+        *map(tiles.whole, operands),
         _statistics(lse, delta, padded),
         tiles.rows_of(intervals, keys, padded),
         tiles.scalars_of(tile_bounds(intervals, rows, config.dq_block_kv, keys), -(-keys // config.dq_block_kv)),

@@ -15,7 +15,7 @@ def params() -> Any:
     """
     if not hasattr(plgpu, "InterpretGPUParams"):
         raise NotImplementedError(
-            f"implementation='gpu' runs off a GPU only in an interpreter that JAX has from 0.11, not in {jax.__version__}"
+            f"implementation='gpu' runs off a GPU only in the interpreter of JAX 0.11 and later, not {jax.__version__}"
         )
     _teach_accumulators()
     return plgpu.InterpretGPUParams()

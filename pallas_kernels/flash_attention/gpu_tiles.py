@@ -25,9 +25,9 @@ _SWIZZLE_ROWS = 8
 
 def tile(shape: tuple[int, ...], dtype: Any) -> Any:
     """A tile in shared memory that the copy engine writes and matmuls read."""
-    return plgpu.SMEM(
-        shape, dtype, transforms=(plgpu.TilingTransform((_SWIZZLE_ROWS, COLUMNS)), plgpu.SwizzleTransform(128))
-    )
+    pallas: Any = plgpu  # its transforms are abstract classes to a type checker
+    transforms = (pallas.TilingTransform((_SWIZZLE_ROWS, COLUMNS)), pallas.SwizzleTransform(128))
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
 def transposed(ref: Any) -> Any:

@@ -27,7 +27,7 @@ def arguments(
 ) -> tuple[Any, ...]:
     """Operands of `paged_attention`: a decode of ``batch`` sequences, or ``rows`` of them all."""
     heads, kv_heads, head_dim = SHAPES[model]
-    shape, layers, pages = jax.ShapeDtypeStruct, 2, 2**17 // page_size
+    shape, layers, pages = jax.ShapeDtypeStruct, 2, 2**18 // page_size
     keys: Any = shape((layers, pages, page_size, kv_heads, head_dim), jnp.dtype(dtype))
     scales: Any = shape((layers, pages, kv_heads, page_size), jnp.float32) if keys.dtype.itemsize == 1 else None
     starts = () if rows is None else (shape((batch + 1,), jnp.int32),)

@@ -226,7 +226,7 @@ class _Call:
             query_dtype=compute_dtype if packed else jnp.float32,
             compute_dtype=compute_dtype,
             softcap=self.softcap,
-            unroll=platform() == "tpu",
+            compiled=platform() == "tpu",
         )
 
     def compute(self, single: bool) -> int:

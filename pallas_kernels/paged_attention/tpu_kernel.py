@@ -34,6 +34,7 @@ class Sizes:
     """Static sizes of a call; ``group`` is padded, ``rows`` are a tile's, ``chunk`` of them a matrix product's.
 
     ``most``: largest piece in which rows are moved, a power of two above half of the rows that a tile can have.
+    ``compiled``: not interpreted.
     """
 
     kv_heads: int
@@ -53,7 +54,7 @@ class Sizes:
     query_dtype: Any
     compute_dtype: Any
     softcap: float | None
-    unroll: bool
+    compiled: bool
 
     @property
     def together(self) -> int:
@@ -254,7 +255,7 @@ class _Core:
 
     def _for_pages(self, count: Any, page: Callable[[Any, Any], Any]) -> None:
         """A loop; for a whole block written out, in which the scalar unit works on several pages at a time."""
-        if not self.s.unroll:
+        if not self.s.compiled:
             lax.fori_loop(0, count, page, 0)
             return
 
@@ -337,8 +338,16 @@ class _Core:
             if not s.ordered:
                 weight = jnp.broadcast_to(weight.sum(axis=1, keepdims=True), weight.shape)
             peak = jnp.where(peak > NO_PEAK, peak, -jnp.inf)
-            m["stats_out"].at[h].reshape(tile, LANES)[...] = jnp.where(low, weight, peak)
-            m["total_out"].at[h].reshape(tile, s.head_dim)[...] = m["total"][h]
+            self._store("stats_out", h, jnp.where(low, weight, peak))
+            self._store("total_out", h, m["total"][h])
+
+    def _store(self, name: str, h: int, x: Any) -> None:
+        """Rows times group back into rows and group, which for the compiled kernel is a view of the same tiles."""
+        to = self.m[name].at[h]
+        if self.s.compiled:
+            to.reshape(*x.shape)[...] = x
+        else:  # the interpreter of JAX 0.10 cannot write through a view
+            to[...] = x.reshape(to.shape)
 
     # A block.
 

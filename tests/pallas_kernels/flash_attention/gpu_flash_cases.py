@@ -51,9 +51,10 @@ def masks(queries: int, keys: int, batch: int) -> dict[str, np.ndarray]:
     start = rng.integers(0, keys + 1, (batch, queries))
     anything = np.stack([start, np.minimum(start + rng.integers(-9, keys, (batch, queries)), keys)], -1)
     few = np.where(rng.random((batch, queries, 1)) < 0.05, anything, 0)
-    one = np.zeros((batch, queries, 2)) + [[keys // 2, keys // 2 + 1]]
-    found = {"anything": anything, "few rows see": few, "one key": one, "nothing": np.zeros((batch, queries, 2))}
-    found["all"] = np.zeros((batch, queries, 2)) + [[0, keys]]
+    nothing = np.zeros((batch, queries, 2))
+    one = nothing + np.array([keys // 2, keys // 2 + 1])
+    found = {"anything": anything, "few rows see": few, "one key": one, "nothing": nothing}
+    found["all"] = nothing + np.array([0, keys])
     if queries == keys:
         segments = np.sort(rng.integers(0, 5, (batch, queries)), axis=1)
         found["causal"] = self_intervals(queries)
@@ -63,7 +64,7 @@ def masks(queries: int, keys: int, batch: int) -> dict[str, np.ndarray]:
 
 
 def finished(function):
-    """The function compiled, to be called alone: the interpreter's own calls of JAX wait for what is under way beside it."""
+    """The function compiled, to be called alone: the interpreter's own calls of JAX wait for what is under way."""
     compiled = jax.jit(function)
     return lambda *operands: jax.block_until_ready(compiled(*jax.block_until_ready(operands)))
 

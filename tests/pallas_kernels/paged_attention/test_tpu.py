@@ -103,7 +103,7 @@ EDGES = (0, 1, 15, 16, 17, 127, 128, 129, 255, 256, 257)
     [
         (4, 2, 32, 16, "float32", "float32"),
         (4, 4, 64, 16, "bfloat16", "bfloat16"),
-        (6, 2, 128, 64, "bfloat16", "float32"),
+        pytest.param(6, 2, 128, 64, "bfloat16", "float32", marks=pytest.mark.slow),
         (16, 1, 64, 128, "bfloat16", "bfloat16"),
         (4, 4, 32, 16, "int8", "float32"),
         (8, 4, 192, 32, "float8_e4m3fn", "float32"),
@@ -158,7 +158,7 @@ def test_ragged_rows(heads, kv_heads, dtype, softcap):
     check(query, position, batch, from_a_page_on, written=written, window=jnp.int32(10**6), softcap=softcap)
 
 
-@pytest.mark.parametrize("cores", [1, 2])
+@pytest.mark.parametrize("cores", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_rows_below_the_nodes_of_a_tree(cores):
     """Rows of several sequences against one run of tokens, whose results lie elsewhere than their queries."""
     lengths = (384, 384, 384, 384)
@@ -195,7 +195,7 @@ def _ordered(query, position, batch, segments, outputs, decode, carry=None):
     return run(query, jnp.asarray(position), batch.cache, batch.table, segments, None, carry, **options)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
 def test_order_does_not_depend_on_company_or_cuts(dtype):
     batch = batch_of(LENGTHS, dtype=dtype, width=24)
     starts, position = ragged(LENGTHS, COUNTS, ROWS)

@@ -20,7 +20,9 @@ def _no_copy_of_the_cache(compiled, operands):
     text = compiled.as_text()
     for shape, op in re.findall(r"= \w+\[([\d,]+)\]\S* (copy|copy-start|transpose|fusion|slice|dynamic-slice)\(", text):
         assert _extents(int(extent) for extent in shape.split(",")) not in extents, (shape, op)
-    assert compiled.memory_analysis().temp_size_in_bytes < cache.key.size // cache.key.shape[0]
+    assert (
+        compiled.memory_analysis().temp_size_in_bytes < cache.key.size * cache.key.dtype.itemsize // cache.key.shape[0]
+    )
 
 
 def _extents(shape):
