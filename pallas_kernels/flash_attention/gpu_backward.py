@@ -57,8 +57,12 @@ def backward(
 
     rows = ROWS * config.dq_warpgroups
     padded = -(-length // rows) * rows
+    q, k, v, do = (tiles.whole(x) for x in operands)
     dq = _queries(
-        *map(tiles.whole, operands),
+        q,
+        k,
+        v,
+        do,
         _statistics(lse, delta, padded),
         tiles.rows_of(intervals, keys, padded),
         tiles.scalars_of(tile_bounds(intervals, rows, config.dq_block_kv, keys), -(-keys // config.dq_block_kv)),
@@ -69,8 +73,12 @@ def backward(
     columns = 256 if split else None
     padded = -(-length // block_q) * block_q
     bounds = transposed_tile_bounds(intervals, block_q, ROWS if split else 2 * ROWS, keys)
+    q, k, v, do = (tiles.whole(x, columns) for x in operands)
     dk, dv = _keys(
-        *(tiles.whole(x, columns) for x in operands),
+        q,
+        k,
+        v,
+        do,
         _statistics(lse, delta, padded),
         tiles.rows_of(intervals, keys, padded),
         tiles.scalars_of(bounds, padded // block_q),

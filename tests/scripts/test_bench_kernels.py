@@ -43,6 +43,7 @@ _ABSENT = (
 )
 
 
+@pytest.mark.slow
 def test_a_run_on_a_machine_with_little_more_than_jax(tmp_path):
     blocked = tmp_path / "sitecustomize.py"
     blocked.write_text(f"import sys\nfor name in {_ABSENT}:\n    sys.modules[name] = None\n")
@@ -83,7 +84,7 @@ def test_cases_have_names_of_their_own_and_cost_something(bench, kernel, platfor
     ("kernel", "name"),
     [
         ("flash", "small_512/forward"),
-        ("shared_prefix", "4_below_256"),
+        pytest.param("shared_prefix", "4_below_256", marks=pytest.mark.slow),
         ("shared_prefix", "64_below_1k_and_16_below_256"),
         ("paged", "decode_16_skewed"),
     ],

@@ -47,6 +47,7 @@ def tune(tmp_path, *arguments):
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_the_fastest_that_works_is_kept(tmp_path):
     done = tune(tmp_path, "--kernel=toy", "--timeout=45", "--rounds=2")
     assert done.returncode == 0, done.stderr

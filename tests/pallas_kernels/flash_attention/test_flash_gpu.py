@@ -137,7 +137,7 @@ def test_only_hopper(monkeypatch):
 @pytest.mark.skipif(hasattr(plgpu, "InterpretGPUParams"), reason="JAX from 0.11 interprets them")
 def test_an_older_jax_needs_a_gpu():
     q, k, v, *_ = cases.Shape().operands()
-    with pytest.raises(NotImplementedError, match=r"runs off a GPU only in an interpreter that JAX has from 0\.11"):
+    with pytest.raises(NotImplementedError, match=r"runs off a GPU only in the interpreter of JAX 0\.11"):
         gpu.forward(q, k, v, np.zeros((1, 130, 2), np.int32), scale=1.0, softcap=None)
 
 
