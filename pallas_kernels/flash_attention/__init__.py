@@ -22,7 +22,7 @@ Implementation = Literal["auto", "xla", "gpu", "tpu", "cudnn", "splash", "refere
 
 # What `auto` tries on each platform before XLA, from the most to the least wanted.
 # cuDNN stands before our own kernel until that has been measured to be the faster one on an H200.
-_WANTED = {"gpu": ("cudnn", "gpu"), "tpu": ("tpu", "splash")}
+_WANTED = {"gpu": ("cudnn", "gpu"), "tpu": ("splash", "tpu")}
 # Kernels of others, for causal self-attention alone: they return no log-sum-exp and take no intervals.
 _PEERS = {"cudnn": cudnn, "splash": splash}
 _OWN = ("xla", "gpu", "tpu")

@@ -17,8 +17,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.paged_attention import tpu_tiles as tiles
 from pallas_kernels.paged_attention.tpu_heads import heads_of, spreads, unpack, words
+from pallas_kernels.paged_attention.tpu_lanes import LANES, along, lane_sums, low_lanes
 
-LANES = 128
 # In base two. A row's peak begins above what a masked score is set to, so that the weight of a masked score is 0 also
 # in a row that has seen nothing yet.
 NO_PEAK, NO_SCORE = -1e30, -2e30
@@ -321,7 +321,7 @@ class _Core:
     def _resume(self) -> None:
         s, m = self.s, self.m
         tile = s.rows * s.group
-        low = _low_lanes((tile, LANES))
+        low = low_lanes((tile, LANES))
         for h in range(s.kv_heads):
             m["total"][h] = m["total_out"].at[h].reshape(tile, s.head_dim)[...]
             stats = m["stats_out"].at[h].reshape(tile, LANES)[...]
@@ -332,7 +332,7 @@ class _Core:
     def _finish(self) -> None:
         s, m = self.s, self.m
         tile = s.rows * s.group
-        low = _low_lanes((tile, LANES))
+        low = low_lanes((tile, LANES))
         for h in range(s.kv_heads):
             weight, peak = m["weight"][h], m["peak"][h]
             if not s.ordered:
@@ -469,9 +469,9 @@ class _Core:
             values = [jnp.where(held, x, jnp.zeros_like(x)) for x in values]
         peak = stacked(m["peak"][h, rows] for h in heads)
         higher = jnp.maximum(peak, scores.max(axis=1, keepdims=True))
-        weights = jnp.exp2(scores - _along(higher, s.compute))
+        weights = jnp.exp2(scores - along(higher, s.compute))
         decay = jnp.exp2(peak - higher)
-        added = _lane_sums(weights)
+        added = lane_sums(weights)
         if s.ordered:  # what is kept must not depend on where the tokens are cut
             added = jnp.broadcast_to(added.sum(axis=1, keepdims=True), added.shape)
         for i, (h, value) in enumerate(zip(heads, values, strict=True)):
@@ -483,7 +483,7 @@ class _Core:
                 weight = weight * m["value_factor"][pl.ds(h, 1), tokens]
                 weight = weight if seen is None else jnp.where(seen[part], weight, 0.0)
             new = _dot(weight.astype(s.compute_dtype), value, NN)
-            m["total"][h, rows] = m["total"][h, rows] * _along(decay[part], s.head_dim) + new
+            m["total"][h, rows] = m["total"][h, rows] * along(decay[part], s.head_dim) + new
 
 
 LOG2E = 1.4426950408889634
@@ -493,21 +493,6 @@ def _dot(x, y, dimensions):
     """Products of float32 operands keep their precision; the unit's own is bfloat16."""
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     return lax.dot_general(x, y, dimensions, precision=precision, preferred_element_type=jnp.float32)
-
-
-def _along(x, width: int):
-    """``[rows, 128]``, the same in all lanes, as ``[rows, width]``."""
-    repeated = jnp.tile(x, (1, -(-width // LANES)))
-    return repeated if width % LANES == 0 else repeated[:, :width]
-
-
-def _lane_sums(x):
-    """``[rows, n * 128]`` summed to ``[rows, 128]``."""
-    return functools.reduce(jnp.add, [x[:, i : i + LANES] for i in range(0, x.shape[1], LANES)])
-
-
-def _low_lanes(shape: tuple[int, int]):
-    return lax.broadcasted_iota(jnp.int32, shape, 1) < LANES // 2
 
 
 def _cdiv(x: Any, y: int) -> Any:
