@@ -19,8 +19,8 @@ class Shape:
     head_dim: int = 64
     queries: int = 130
     keys: int = 130
-    heads: int = 4
-    kv_heads: int = 2
+    heads: int = 2
+    kv_heads: int = 1
     batch: int = 2
     dtype: Any = jnp.bfloat16
     out_dtype: Any = None
