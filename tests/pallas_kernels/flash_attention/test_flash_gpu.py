@@ -36,8 +36,12 @@ QUICK = {
 }
 SLOW = {
     "192": cases.Shape(head_dim=192, queries=100, keys=100, heads=2, kv_heads=1, batch=1),
-    "three warpgroups": cases.Shape(queries=385, keys=385, batch=1, config=dataclasses.replace(SMALL, warpgroups=3, stages=4)),
-    "wide rows": cases.Shape(queries=300, keys=300, batch=1, config=dataclasses.replace(SMALL, block_q=128, take_turns=False)),
+    "three warpgroups": cases.Shape(
+        queries=385, keys=385, batch=1, config=dataclasses.replace(SMALL, warpgroups=3, stages=4)
+    ),
+    "wide rows": cases.Shape(
+        queries=300, keys=300, batch=1, config=dataclasses.replace(SMALL, block_q=128, take_turns=False)
+    ),
     "wide, capped, grouped": cases.Shape(head_dim=256, queries=127, keys=127, batch=1, softcap=3.0),
     "float32 out, wide": cases.Shape(head_dim=256, queries=70, keys=70, heads=2, kv_heads=1, out_dtype=jnp.float32),
     "two groups": cases.Shape(heads=6, kv_heads=2, softcap=4.0, config=SMALL),
