@@ -14,6 +14,7 @@ from ml.models.config import MoEConfig, TransformerConfig
 from ml.models.moe.exchange import buffer_rows
 from ml.models.transformer import REMAT_POLICIES
 from pallas_kernels.flash_attention import xla
+from pallas_kernels.flash_attention.intervals import Band
 
 # float32 arrays of shape [tokens, vocab] alive at once: logits, their exponentials, their gradient.
 _LOGIT_COPIES = 3
@@ -142,7 +143,7 @@ def activation_memory(
       length: tokens in each.
       remat: key of `ml.models.REMAT_POLICIES`.
       dtype: of activations.
-      attention: ``xla`` keeps slices of keys and, under ``dots``, the scores; a fused ``kernel`` keeps neither.
+      attention: ``xla`` has blocks of scores in its working set; a fused ``kernel`` has none. Neither keeps any.
       logit_tokens: tokens whose logits are held at once; ``None``: all of them.
       expert_degree: devices over which the experts are spread; each then has buffers for the rows that all of them may
         send to it (`ml.models.moe.exchange.buffer_rows`), mostly empty.
@@ -154,8 +155,8 @@ def activation_memory(
         raise UserError(f"remat={remat!r}: no such policy; {nearest(remat, REMAT_POLICIES)}")
     c, size = config, jnp.dtype(dtype).itemsize
     tokens = batch * length
-    columns, scores = _blocks(c, length) if attention == "xla" else (1.0, 0.0)
-    everything = _everything(c, size, columns, expert_degree)
+    scores = _scores(c, length) if attention == "xla" else 0.0
+    everything = _everything(c, size, expert_degree)
     casts = 0
     if remat == "offload":
         kept = 0.0
@@ -167,8 +168,6 @@ def activation_memory(
         casts = size * _layer_kernels(c) if size < 4 else 0
     else:
         kept = size * _kernel_outputs(c) + (4 * c.moe.num_experts if c.moe else 0)
-        if remat == "dots" and attention == "xla":
-            kept += 4 * c.num_heads * (scores + c.head_dim)
     widest = c.mlp_dim if c.moe is None else _routed_rows(c.moe, expert_degree) * c.moe.mlp_dim
     block = everything + size * widest + 4 * c.num_heads * scores
     head = 4 * _LOGIT_COPIES * c.vocab_size + 4 * size * c.embed_dim
@@ -235,13 +234,12 @@ def _routed_rows(moe: MoEConfig, expert_degree: int) -> int:
     return buffer_rows(1, expert_degree, moe.num_experts, moe.top_k)
 
 
-def _everything(c: TransformerConfig, size: int, columns: float, expert_degree: int) -> float:
+def _everything(c: TransformerConfig, size: int, expert_degree: int) -> float:
     """Bytes per token and layer of all that differentiation keeps where nothing is computed again.
 
     Args:
       c: the architecture.
       size: bytes of an activation.
-      columns: how often each key is held.
       expert_degree: devices over which the experts are spread.
     """
     # A norm works in float32: its input, the square's derivative, its result before scaling, and two scalars.
@@ -251,7 +249,7 @@ def _everything(c: TransformerConfig, size: int, columns: float, expert_degree: 
         kept += 4 * c.embed_dim  # the router reads its input in float32
     elif not c.parallel_block:
         kept += size * c.embed_dim
-    kept += size * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads * columns)
+    kept += size * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads) + 4 * c.num_heads  # and the log-sum-exp
     if c.qk_norm:
         kept += 4 * (3 * c.head_dim + 2) * (c.num_heads + c.num_kv_heads)
     # The nonlinearity keeps its input and inner results; then come its result and, if gated, other factor and product.
@@ -262,15 +260,13 @@ def _everything(c: TransformerConfig, size: int, columns: float, expert_degree: 
     return kept + routed + 4 * 3 * c.moe.num_experts
 
 
-def _blocks(c: TransformerConfig, length: int) -> tuple[float, float]:
-    """Of the blocked XLA attention: copies held of each key, and scores per query and head."""
+def _scores(c: TransformerConfig, length: int) -> float:
+    """In the working set of XLA's attention, per query and head."""
     local = all(c.is_local(i) for i in range(c.num_layers))
     window = c.sliding_window if local and c.sliding_window else length
-    block = max(xla.BLOCK, -(-length // xla.MAX_BLOCKS))
-    copies = scores = 0
-    for start in range(0, length, block):
-        stop = min(start + block, length)
-        columns = stop - max(0, start - window + 1)
-        copies += columns
-        scores += columns * (stop - start)
-    return copies / length, scores / length
+    config = xla.XlaConfig()
+    blocks = xla.unrolled_blocks(config, Band(window - 1, 0), length, length)
+    if blocks is None:
+        tile_q, tile_kv = config.tiles(length, length)
+        return tile_q * tile_kv / length
+    return sum((stop - start) * (last - first) for (start, stop), (first, last) in blocks) / length

@@ -7,7 +7,7 @@ import jax
 from jaxtyping import PyTree
 
 
-def manual(body: Callable, in_specs: PyTree, out_specs: PyTree) -> Callable:
+def manual(body: Callable, in_specs: PyTree, out_specs: PyTree, check_vma: bool = True) -> Callable:
     """Maps ``body`` over the shards of a mesh, along every axis that is not manual already: on a bare device, ``body``.
 
     The map is a whole to JAX's partial evaluation. Under `jax.lax.scan` that would otherwise split it into what depends
@@ -19,12 +19,13 @@ def manual(body: Callable, in_specs: PyTree, out_specs: PyTree) -> Callable:
     Args:
       body: positional arguments are pytrees of arrays.
       in_specs, out_specs: as in `jax.shard_map`; they must be those of the arguments.
+      check_vma: likewise.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return body
     free = frozenset(mesh.axis_names) - frozenset(mesh.manual_axes)
-    mapped = jax.shard_map(body, in_specs=in_specs, out_specs=out_specs, axis_names=free)
+    mapped = jax.shard_map(body, in_specs=in_specs, out_specs=out_specs, axis_names=free, check_vma=check_vma)
     whole = jax.custom_batching.custom_vmap(mapped)
 
     @whole.def_vmap

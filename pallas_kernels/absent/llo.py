@@ -70,12 +70,14 @@ def _schedule(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _hot(matrix: np.ndarray) -> slice:
-    """The stretch with the most matrix operations."""
+    """The stretch with the most matrix operations; of several with about as many (masked and not) the densest."""
     busy = np.flatnonzero(matrix)
     if not len(busy):
         return slice(None)
     stretches = np.split(busy, np.flatnonzero(np.diff(busy) > _GAP) + 1)
-    best = max(stretches, key=lambda stretch: matrix[stretch].sum())
+    most = max(matrix[stretch].sum() for stretch in stretches)
+    stretches = [stretch for stretch in stretches if matrix[stretch].sum() > 0.9 * most]
+    best = max(stretches, key=lambda stretch: matrix[stretch].sum() / (stretch[-1] - stretch[0] + 1))
     return slice(int(best[0]), int(best[-1]) + 1)
 
 

@@ -4,21 +4,23 @@ import jax
 import jax.numpy as jnp
 
 
-def supports(query, window, softcap) -> bool:
-    """Whether cuDNN's fused attention takes this case: 16 bits, static window, no soft-cap, heads up to 128."""
-    return (
-        query.dtype in (jnp.bfloat16, jnp.float16)
-        and softcap is None
-        and (window is None or isinstance(window, int))
-        and query.shape[-1] <= 128
-        and query.shape[-1] % 8 == 0
-    )
+def why_not(query, window, softcap) -> str | None:
+    """What of this case cuDNN's fused attention does not take; ``None``: it takes it."""
+    head_dim = query.shape[-1]
+    if query.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"query is {query.dtype}; cuDNN takes bfloat16 and float16"
+    if softcap is not None:
+        return f"softcap={softcap}; cuDNN bounds no logits"
+    if not (window is None or isinstance(window, int)):
+        return "window is traced; cuDNN wants it static"
+    if head_dim > 128 or head_dim % 8:
+        return f"head_dim={head_dim}; cuDNN takes multiples of 8 up to 128"
+    return None
 
 
 def flash_attention(query, key, value, *, segment_ids, window, scale, softcap):
     """See `pallas_kernels.flash_attention.flash_attention`."""
-    if not supports(query, window, softcap):
-        raise ValueError("cudnn attention needs bfloat16/float16, a static window, no softcap, and head_dim <= 128")
+    del softcap
     mask = None
     if segment_ids is not None:
         mask = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]

@@ -13,20 +13,23 @@ from pallas_kernels.platform import platform
 _BLOCK, _COMPUTE = 1024, 512
 
 
-def supports(query, window) -> bool:
-    """Whether the kernels take this case: whole tiles of 128 tokens, heads of whole or half lanes, a static window."""
-    return (
-        query.shape[1] % 128 == 0
-        and query.shape[-1] % 64 == 0
-        and query.dtype in (jnp.bfloat16, jnp.float32)
-        and (window is None or isinstance(window, int))
-    )
+def why_not(query, window, softcap) -> str | None:
+    """What of this case the kernels do not take; ``None``: they take it."""
+    del softcap  # any
+    _, length, _, head_dim = query.shape
+    if length % 128:
+        return f"query has length {length}; splash attention takes whole 128s"
+    if head_dim % 64:
+        return f"head_dim={head_dim}; splash attention takes whole 64s"
+    if query.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"query is {query.dtype}; splash attention takes bfloat16 and float32"
+    if not (window is None or isinstance(window, int)):
+        return "window is traced; splash attention wants it static"
+    return None
 
 
 def flash_attention(query, key, value, *, segment_ids, window, scale, softcap):
     """See `pallas_kernels.flash_attention.flash_attention`."""
-    if not supports(query, window):
-        raise ValueError("splash attention needs a length of whole 128s, head_dim of whole 64s and a static window")
     _, length, heads, _ = query.shape
     mask: masks.Mask = masks.CausalMask((length, length))
     if window is not None and window < length:

@@ -101,7 +101,7 @@ def ragged_positions(
 ) -> Int[Array, " rows"]:
     """Where in its sequence each query row stands; -1 for rows beyond ``query_starts[-1]``."""
     row = jnp.arange(rows, dtype=jnp.int32)
-    sequence = jnp.searchsorted(query_starts, row, side="right").astype(jnp.int32) - 1
+    sequence = jnp.searchsorted(query_starts, row, side="right", method="compare_all").astype(jnp.int32) - 1
     held = jnp.clip(sequence, 0, lengths.shape[0] - 1)
     position = lengths[held] - (query_starts[held + 1] - row)
     return jnp.where(row < query_starts[-1], position, -1).astype(jnp.int32)

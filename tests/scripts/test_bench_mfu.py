@@ -37,7 +37,7 @@ def test_a_setting_that_fails_is_reported_and_the_next_one_measured(tmp_path, sc
     assert document["command"].startswith("python scripts/bench_mfu.py --size=tiny --steps=2 ")
     assert document["versions"]["jax"] == jax.__version__ and "cpu" in document["device"]
     failed, result = document["results"]
-    assert "cudnn attention needs" in failed["error"]
+    assert "cuDNN takes bfloat16" in failed["error"]
     assert (result["setting"]["batch_size"], result["setting"]["optimizer"]) == (4, "adamw")
 
     config = TransformerConfig(**script.SIZES["tiny"])

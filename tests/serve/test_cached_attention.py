@@ -115,7 +115,9 @@ def test_invariant_mode_gives_the_same_logits():
     np.testing.assert_allclose(_cached(name, _tokens(), invariant=True), _cached(name, _tokens()), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "name", [n if n == "patterned_windows" else pytest.param(n, marks=pytest.mark.slow) for n in ARCHITECTURES]
+)
 def test_sharing_a_prefix_gives_the_logits_of_the_whole_forward(name):
     """Five rows: two share 16 tokens, two more share 8 of these, one shares nothing; then a ragged step of the same."""
     model, params = _model(name)

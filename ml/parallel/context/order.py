@@ -1,7 +1,8 @@
 """Which part of a sequence each device holds."""
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
@@ -55,3 +56,12 @@ def check_length(length: int, shards: int, order: Order) -> None:
             f"config.data.sequence_length={length} does not divide into the {count} chunks that "
             f"config.mesh.sequence={shards} in {order} order wants; choose a multiple of {count}, such as {near}"
         )
+
+
+def chunks_taken(x: Any, order: Int[np.ndarray, " chunks"]) -> Any:
+    """The chunks of axis 1 in another order; a NumPy array stays one."""
+    if np.array_equal(order, np.arange(len(order))):
+        return x
+    xp = np if isinstance(x, np.ndarray) else jnp
+    parts = xp.split(x, len(order), axis=1)
+    return xp.concatenate([parts[chunk] for chunk in order], axis=1)

@@ -13,9 +13,13 @@ from jaxtyping import Array, Int
 
 from ml.models.attention import AttentionLayer
 from ml.models.parameters import Placement, unplaced
-from ml.parallel.context.order import Order, check_length, chunks
+from ml.parallel.context.order import Order, check_length, chunks, chunks_taken
 from ml.parallel.manual import manual
-from pallas_kernels.flash_attention import partial
+from pallas_kernels.flash_attention import Implementation, backend, own_backend
+from pallas_kernels.flash_attention.intervals import Intervals, self_intervals, tile_bounds
+from pallas_kernels.flash_attention.vjp import row_delta
+from pallas_kernels.flash_attention.xla import XlaConfig
+from pallas_kernels.log_sum_exp import merge
 
 
 @flax.struct.dataclass
@@ -33,11 +37,13 @@ class RingAttention:
       order: how the columns of the batch were laid out, by `sequence_order`; see `ml.parallel.context.order.chunks`.
         ``zigzag`` balances the work of a causal mask; ``contiguous`` skips the part of the ring that lies beyond a
         static window, and such a window is balanced as it is.
+      implementation: a backend of `pallas_kernels.flash_attention` (not ``cudnn``, ``splash`` or ``reference``).
     """
 
     segment_ids: Int[Array, "batch length"] | None = None
     place: Placement = flax.struct.field(pytree_node=False, default=unplaced)
     order: Order = flax.struct.field(pytree_node=False, default="zigzag")
+    implementation: Implementation = flax.struct.field(pytree_node=False, default="auto")
 
     def attend(
         self, layer: AttentionLayer, query: jax.Array, key: jax.Array, value: jax.Array, state: Any
@@ -53,25 +59,32 @@ class RingAttention:
         )
         mesh, axis = jax.sharding.get_abstract_mesh(), rows[1]
         shards = 1 if axis is None else mesh.shape[axis]
-        length, static = query.shape[1], layer.window if isinstance(layer.window, int) else None
+        length = query.shape[1]
         check_length(length, shards, self.order)
         ring = _Ring(
-            axis,
-            shards,
-            length,
-            self.order,
-            rows,
-            queries,
-            keys,
-            static,
-            layer.scale,
-            layer.softcap,
+            axis=axis,
+            shards=shards,
+            length=length,
+            order=self.order,
+            queries=queries,
+            keys=keys,
+            window=layer.window if isinstance(layer.window, int) else None,
+            scale=layer.scale,
+            softcap=layer.softcap,
+            implementation=own_backend(self.implementation, query, key, value, softcap=layer.softcap),
         )
-        segments, window = self.segment_ids, layer.window if static is None else None
+        segments = self.segment_ids
+        if segments is not None:
+            held = chunks(shards, self.order).reshape(-1)
+            if not mesh.empty:
+                segments = jax.reshard(segments, PartitionSpec(rows[0], None))  # 4 bytes a token
+            segments = chunks_taken(segments, np.argsort(held))
+        visible = chunks_taken(self_intervals(length, layer.window, segments), chunks(shards, self.order).reshape(-1))
+        visible = jnp.asarray(visible)
         if not mesh.empty:
             query, key, value = jax.reshard((query, key, value), (queries, keys, keys))
-            segments = segments if segments is None else jax.reshard(segments, rows)
-        return _attend(ring, query, key, value, segments, window), state
+            visible = jax.reshard(visible, ring.intervals(visible))
+        return _attend(ring, query, key, value, visible), state
 
 
 def ring_work(length: int, shards: int, order: Order, window: int | None = None) -> Int[np.ndarray, "shards steps"]:
@@ -83,38 +96,53 @@ def ring_work(length: int, shards: int, order: Order, window: int | None = None)
       order: see `ml.parallel.context.order.chunks`.
       window: sliding window, ``None``: all.
     """
-    blocks = partial.fit_blocks(length // chunks(shards, order).size)
-    index = [_index(shard, length, shards, order) for shard in range(shards)]
+    rows = self_intervals(length, window).reshape(chunks(shards, order).size, -1, 2)
+    table, tiles = chunks(shards, order), _tiles(length, shards, order)
+    per_shard = length // shards
 
     def computed(shard: int, step: int) -> int:
-        pairs = partial.visible_blocks(index[shard], index[(shard - step) % shards], window, blocks)
-        return int(pairs.sum()) * blocks[0] * blocks[1]
+        visible = _local(rows[table[shard]].reshape(1, per_shard, 2), table[(shard - step) % shards], len(rows[0]))
+        tile_q, tile_kv = tiles.tiles(per_shard, per_shard)
+        visited = tile_bounds(visible, tile_q, tile_kv, per_shard)
+        return int((visited.last - visited.first).sum()) * tile_q * tile_kv
 
     steps = _steps(length, shards, order, window)
     return np.array([[computed(shard, step) for step in range(steps)] for shard in range(shards)])
 
 
-@functools.cache
 def _steps(length: int, shards: int, order: Order, window: int | None) -> int:
     """After how many steps no query sees any of the keys that are still to come."""
     if window is None:
         return shards
-    size = length // chunks(shards, order).size
-    index = [_index(shard, length, shards, order) for shard in range(shards)]
+    table = chunks(shards, order)
+    size = length // table.size
 
     def needed(step: int) -> bool:
-        pairs = ((index[shard], index[(shard - step) % shards]) for shard in range(shards))
-        return any(partial.visible_blocks(q, k, window, (size, size)).any() for q, k in pairs)
+        theirs = np.roll(table, step, axis=0)[:, None, :]  # of the shard that many steps back
+        mine = table[:, :, None]
+        return bool(((theirs <= mine) & ((theirs + 1) * size > mine * size - window + 1)).any())
 
     return 1 + max(step for step in range(shards) if needed(step))
 
 
-def _index(shard: Any, length: int, shards: int, order: Order) -> Any:
-    """The index in the sequence of each token that a shard, which may be traced, holds."""
-    table = chunks(shards, order)
-    size = length // table.size
-    held = table[shard] if isinstance(shard, int) else jnp.asarray(table, jnp.int32)[shard]
-    return (held[:, None] * size + np.arange(size, dtype=np.int32)).reshape(-1)
+def _local(intervals: Any, held: Any, size: int) -> Any:
+    """Intervals of a sequence as intervals of the keys that a shard holds.
+
+    A shard's chunks ascend, so that what a row sees of them is one interval again, whose ends are numbers of keys.
+
+    Args:
+      intervals: ``[batch, queries, 2]``.
+      held: the shard's chunks.
+      size: tokens in a chunk.
+    """
+    return sum((intervals - chunk * size).clip(0, size) for chunk in held)
+
+
+def _tiles(length: int, shards: int, order: Order) -> XlaConfig:
+    """Tiles that divide a chunk, so that none lies astride two that are far apart in the sequence."""
+    size = length // chunks(shards, order).size
+    tile_q, tile_kv = XlaConfig().tiles(size, size)
+    return XlaConfig(tile_q=tile_q, tile_kv=tile_kv)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,73 +153,76 @@ class _Ring:
     shards: int
     length: int
     order: Order
-    rows: PartitionSpec
     queries: PartitionSpec
     keys: PartitionSpec
     window: int | None
     scale: float
     softcap: float | None
+    implementation: str
 
     @property
     def steps(self) -> int:
         return _steps(self.length, self.shards, self.order, self.window)
+
+    def intervals(self, visible: Intervals) -> PartitionSpec:
+        """How intervals are cut: as the queries, but for a batch of one that holds for all."""
+        return PartitionSpec(self.queries[0] if visible.shape[0] > 1 else None, self.axis, None)
 
     def shift(self, x: Any, hops: int = 1) -> Any:
         """Gives ``x`` to the device ``hops`` further on."""
         around = [(source, (source + hops) % self.shards) for source in range(self.shards)]
         return jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, self.axis, around), x)
 
-    def mask(self, step: Any, segments: Any, key_segments: Any, window: Any) -> dict[str, Any]:
-        """The arguments of `partial` that say who sees whom when the keys here come from ``step`` devices back."""
+    def run(self, name: str, operands: tuple[Any, ...], visible: Any, step: Any) -> Any:
+        """The backend's ``forward`` or ``backward``, float32, where the keys here come from ``step`` devices back."""
         shard = 0 if self.axis is None else jax.lax.axis_index(self.axis)
-        return {
-            "query_index": _index(shard, self.length, self.shards, self.order),
-            "key_index": _index((shard - step) % self.shards, self.length, self.shards, self.order),
-            "query_segments": segments,
-            "key_segments": key_segments,
-            "window": self.window if window is None else window,
-            "scale": self.scale,
-            "softcap": self.softcap,
-            "blocks": partial.fit_blocks(self.length // chunks(self.shards, self.order).size),
-        }
+        table = chunks(self.shards, self.order)
+        held = jnp.asarray(table, jnp.int32)[(shard - step) % self.shards]
+        local = _local(visible, [held[i] for i in range(table.shape[1])], self.length // table.size)
+        tiles = _tiles(self.length, self.shards, self.order) if self.implementation == "xla" else None
+        options = {"scale": self.scale, "softcap": self.softcap, "out_dtype": jnp.float32, "config": tiles}
+        return getattr(backend(self.implementation), name)(*operands, local, **options)
+
+    def manual(self, body: Any, in_specs: Any, out_specs: Any) -> Any:
+        # Pallas calls do not say over which axes their results vary.
+        return manual(body, in_specs, out_specs, check_vma=self.implementation == "xla")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(ring: _Ring, query, key, value, segments, window):
-    return _forward(ring, query, key, value, segments, window)[0]
+def _attend(ring: _Ring, query, key, value, visible):
+    return _forward(ring, query, key, value, visible)[0]
 
 
-def _forward(ring: _Ring, query, key, value, segments, window):
-    def body(query, key, value, segments, window):
+def _forward(ring: _Ring, query, key, value, visible):
+    def body(query, key, value, visible):
         def part(keys, step):
-            key, value, key_segments = keys
-            return partial.forward(query, key, value, **ring.mask(step, segments, key_segments, window))
+            return ring.run("forward", (query, *keys), visible, step)
 
         def turn(carry, step):
             keys, result = carry
             following = ring.shift(keys)
-            return (following, partial.merge(result, part(keys, step))), None
+            return (following, merge(result, part(keys, step))), None
 
-        keys = (key, value, segments)
+        keys = (key, value)
         following = ring.shift(keys) if ring.steps > 1 else keys
         result = part(keys, 0)
         if ring.steps > 1:
             (last, result), _ = jax.lax.scan(turn, (following, result), jnp.arange(1, ring.steps - 1))
-            result = partial.merge(result, part(last, ring.steps - 1))
+            result = merge(result, part(last, ring.steps - 1))
         return result[0].astype(query.dtype), result[1]
 
-    in_specs = (ring.queries, ring.keys, ring.keys, ring.rows, PartitionSpec())
-    mapped = manual(body, in_specs, (ring.queries, PartitionSpec(*ring.queries[:3])))
-    out, lse = mapped(query, key, value, segments, window)
-    return out, (query, key, value, segments, window, out, lse)
+    in_specs = (ring.queries, ring.keys, ring.keys, ring.intervals(visible))
+    mapped = ring.manual(body, in_specs, (ring.queries, PartitionSpec(*ring.queries[:3])))
+    out, lse = mapped(query, key, value, visible)
+    return out, (query, key, value, visible, out, lse)
 
 
 def _backward(ring: _Ring, saved, out_gradient):
-    def body(query, key, value, segments, window, out, lse, out_gradient):
+    def body(query, key, value, visible, out, lse, out_gradient):
+        rows = lse, row_delta(out, out_gradient), out_gradient
+
         def part(keys, step):
-            key, value, key_segments = keys
-            mask = ring.mask(step, segments, key_segments, window)
-            dq, dk, dv = partial.backward(query, key, value, out, lse, out_gradient, **mask)
+            dq, dk, dv = ring.run("backward", (query, *keys, *rows), visible, step)
             return dq, (dk, dv)
 
         def turn(carry, step, more=True):
@@ -202,7 +233,7 @@ def _backward(ring: _Ring, saved, out_gradient):
             dq, dkeys = jax.tree.map(jnp.add, (dq, dkeys), here)
             return (following, dq, dkeys), None
 
-        keys = (key, value, segments)
+        keys = (key, value)
         following = ring.shift(keys) if ring.steps > 1 else keys
         dq, dkeys = part(keys, 0)
         if ring.steps > 1:
@@ -211,9 +242,10 @@ def _backward(ring: _Ring, saved, out_gradient):
             dkeys = ring.shift(dkeys, 1 - ring.steps)  # home
         return dq.astype(query.dtype), dkeys[0].astype(key.dtype), dkeys[1].astype(value.dtype)
 
-    inputs = (ring.queries, ring.keys, ring.keys, ring.rows, PartitionSpec())
+    visible = saved[3]
+    inputs = (ring.queries, ring.keys, ring.keys, ring.intervals(visible))
     in_specs = (*inputs, ring.queries, PartitionSpec(*ring.queries[:3]), ring.queries)
-    return *manual(body, in_specs, (ring.queries, ring.keys, ring.keys))(*saved, out_gradient), None, None
+    return *ring.manual(body, in_specs, (ring.queries, ring.keys, ring.keys))(*saved, out_gradient), None
 
 
 _attend.defvjp(_forward, _backward)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Int
 from ml.errors import UserError
 from ml.models.attention import AttentionLayer
 from ml.models.parameters import Placement, unplaced
-from ml.parallel.context.order import Order, check_length, chunks
+from ml.parallel.context.order import Order, check_length, chunks, chunks_taken
 from ml.weights.shards import mesh_axes
 from pallas_kernels.flash_attention import Implementation, flash_attention
 
@@ -54,11 +54,11 @@ class UlyssesAttention:
         inverse = np.argsort(chunks(shards, self.order).reshape(-1))
 
         def exchange(x: jax.Array) -> jax.Array:
-            return _chunks_taken(x if mesh.empty else jax.reshard(x, gathered), inverse)
+            return chunks_taken(x if mesh.empty else jax.reshard(x, gathered), inverse)
 
         segments = self.segment_ids
         if segments is not None:
-            segments = _chunks_taken(
+            segments = chunks_taken(
                 segments if mesh.empty else jax.reshard(segments, PartitionSpec(batch, None)), inverse
             )
         out = flash_attention(
@@ -71,7 +71,7 @@ class UlyssesAttention:
             softcap=layer.softcap,
             implementation=self.implementation,
         )
-        out = _chunks_taken(out, chunks(shards, self.order).reshape(-1))
+        out = chunks_taken(out, chunks(shards, self.order).reshape(-1))
         return out if mesh.empty else jax.reshard(out, spec), state
 
 
@@ -96,11 +96,3 @@ def _repeated(x: jax.Array, times: int, spec: PartitionSpec) -> jax.Array:
     place = None if jax.sharding.get_abstract_mesh().empty else PartitionSpec(*spec[:3], None, None)
     x = jnp.broadcast_to(x[:, :, :, None], (batch, length, heads, times, width), out_sharding=place)
     return x.reshape(batch, length, heads * times, width)
-
-
-def _chunks_taken(x: jax.Array, order: Int[np.ndarray, " chunks"]) -> jax.Array:
-    """The chunks of axis 1 in another order."""
-    if np.array_equal(order, np.arange(len(order))):
-        return x
-    parts = jnp.split(x, len(order), axis=1)
-    return jnp.concatenate([parts[chunk] for chunk in order], axis=1)

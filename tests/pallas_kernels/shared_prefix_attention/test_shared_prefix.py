@@ -126,9 +126,8 @@ def test_stays_right_while_sequences_grow():
     _assert_equal(*_both(table, lengths, plan=plan, implementation="xla"))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("ragged", [False, True])
-def test_invariant_is_bitwise_the_unshared_result(ragged, implementation):
+def test_invariant_is_bitwise_the_unshared_result(ragged, implementation="xla"):
     table, lengths = _long_batch()
     starts = _ragged(lengths) if ragged else None
     rows = len(lengths) if starts is None else int(starts[-1])

@@ -12,7 +12,8 @@ from ml.errors import UserError
 from ml.models.attention import AttentionLayer
 from ml.parallel import MeshConfig, Rules
 from ml.parallel.context import RingAttention, UlyssesAttention, ring, sequence_order
-from pallas_kernels.flash_attention import flash_attention, partial
+from pallas_kernels.flash_attention import flash_attention
+from pallas_kernels.flash_attention.xla import XlaConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 BATCH, LENGTH, KV_HEADS, WIDTH, SCALE = 2, 64, 2, 8, 0.4
@@ -114,9 +115,9 @@ def test_ulysses_equals_the_reference(order, mesh, name):
 
 
 def test_many_small_blocks_in_a_ring(monkeypatch):
-    monkeypatch.setattr(partial, "BLOCKS", (3, 2))
+    monkeypatch.setattr(ring, "_tiles", lambda *_: XlaConfig(tile_q=3, tile_kv=2))
     assert distance(got(RingAttention, "zigzag", RING8, "window", 4), expected("window", 4)) < 1e-5
-    monkeypatch.setattr(partial, "BLOCKS", (5, 7))
+    monkeypatch.setattr(ring, "_tiles", lambda *_: XlaConfig(tile_q=5, tile_kv=7))
     assert distance(got(RingAttention, "zigzag", MIXED, "causal", 4), expected("causal", 4)) < 1e-5
 
 

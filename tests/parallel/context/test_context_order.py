@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 
 from ml.errors import UserError
-from ml.parallel.context import check_length, ring_work, sequence_order
-from pallas_kernels.flash_attention import partial
+from ml.parallel.context import check_length, ring, ring_work, sequence_order
+from ml.parallel.context.order import chunks
+from pallas_kernels.flash_attention import xla
+from pallas_kernels.flash_attention.intervals import Tiles, self_intervals
 
 
 def test_zigzag_pairs_an_early_chunk_with_a_late_one():
@@ -46,10 +48,28 @@ def test_the_ring_stops_where_the_window_ends(window, steps):
     assert ring_work(64, 8, "zigzag", window).shape[1] == (1 if window == 1 else 8)
 
 
-def test_the_count_is_the_rule_by_which_blocks_are_computed(monkeypatch):
-    rule = partial.visible_blocks
-    monkeypatch.setattr(partial, "visible_blocks", lambda *args: np.zeros_like(rule(*args)))
+def test_the_count_is_the_rule_by_which_tiles_are_computed(monkeypatch):
+    assert ring.tile_bounds is xla.tile_bounds
+    nothing = lambda visible, tile_q, *_: Tiles(*np.zeros((4, 1, visible.shape[1] // tile_q), int))  # noqa: E731
+    monkeypatch.setattr(ring, "tile_bounds", nothing)
     assert not ring_work(64, 8, "zigzag").any()
+
+
+@pytest.mark.parametrize("order", ["zigzag", "contiguous"])
+@pytest.mark.parametrize("window", [None, 9])
+def test_what_a_row_sees_of_the_keys_of_a_shard_is_one_interval(order, window):
+    """By looking up every key that a shard holds."""
+    length, shards = 48, 4
+    table = chunks(shards, order)
+    size = length // table.size
+    rows = self_intervals(length, window)
+    for held in table:
+        keys = (held[:, None] * size + np.arange(size)).reshape(-1)
+        seen = (rows[0, :, :1] <= keys) & (keys < rows[0, :, 1:])
+        local = ring._local(rows, held, size)[0]
+        np.testing.assert_array_equal(
+            seen, (local[:, :1] <= np.arange(len(keys))) & (np.arange(len(keys)) < local[:, 1:])
+        )
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.flash_attention import cudnn, flash_attention, xla
+from pallas_kernels.flash_attention import cudnn, flash_attention, own_backend
+from pallas_kernels.flash_attention.xla import XlaConfig
 
 
 def _inputs(batch, length, heads, kv_heads, head_dim, dtype=np.float32, seed=0):
@@ -160,15 +161,17 @@ def test_bfloat16_stays_within_a_percent():
     assert np.sqrt(np.mean(error**2)) < 0.01 * np.sqrt(np.mean(expected**2))
 
 
-def test_long_sequences_use_larger_blocks(monkeypatch):
-    monkeypatch.setattr(xla, "MAX_BLOCKS", 2)
+def test_long_sequences_run_in_loops():
     inputs = _inputs(1, 301, 2, 1, 8)
     options = {"segment_ids": _segments(1, 301), "window": 90}
-    calls = []
-    attend = xla._attend_block
-    monkeypatch.setattr(xla, "_attend_block", lambda q, *args, **kw: calls.append(q.shape[3]) or attend(q, *args, **kw))
-    out = flash_attention(*inputs, implementation="xla", **options)
-    assert calls == [151, 150]
+
+    def call(length, config):
+        return jax.make_jaxpr(lambda q: flash_attention(q, q, q, implementation="xla", config=config))(
+            jnp.zeros((1, length, 1, 8))
+        )
+
+    assert "while" not in str(call(2048, None)) and "while" in str(call(2049, None))
+    out = flash_attention(*inputs, implementation="xla", config=XlaConfig(max_blocks=2), **options)
     np.testing.assert_allclose(out, _oracle(*inputs, **options), atol=2e-5)
 
 
@@ -184,7 +187,7 @@ def test_work_that_causality_and_a_static_window_hide_is_not_done():
         return (cost[0] if isinstance(cost, list) else cost)["flops"]
 
     # 8 blocks: causality leaves 36 of 64 block pairs, a window of 128 leaves 15 of those.
-    full = 8 * 8 * 128 * 128 * 2 * 16 * 2  # of one of the matmuls (two forward, one again, four backward)
+    full = 8 * 8 * 128 * 128 * 2 * 16 * 2  # of one of the matmuls (two forward, five backward)
     assert flops(None) < 0.75 * 7 * full
     assert flops(128) < 0.5 * flops(None)
 
@@ -204,8 +207,18 @@ def test_memory_grows_with_length_not_its_square():
         (((1, 4, 3, 8), (1, 4, 2, 8), (1, 4, 2, 8)), {}, "shapes do not fit"),
         (((1, 4, 2, 8), (1, 4, 2, 8), (1, 4, 1, 8)), {}, "shapes do not fit"),
         (((1, 4, 2, 8), (1, 5, 2, 8), (1, 5, 2, 8)), {}, "shapes do not fit"),
-        (((1, 4, 2, 8),) * 3, {"implementation": "triton"}, "choose auto, xla, cudnn, splash, reference"),
-        (((1, 4, 2, 8),) * 3, {"implementation": "cudnn"}, "needs bfloat16"),
+        (((1, 4, 2, 8),) * 3, {"implementation": "triton"}, "choose auto, xla, gpu, tpu, cudnn, splash, reference"),
+        (((1, 4, 2, 8),) * 3, {"implementation": "cudnn"}, "cudnn.* query is float32; cuDNN takes bfloat16"),
+        (((1, 4, 2, 8),) * 3, {"implementation": "cudnn", "return_lse": True}, "return_lse cannot be given"),
+        (((1, 4, 2, 8),) * 3, {"segment_ids": np.zeros((1, 3), int)}, r"segment_ids has shape \(1, 3\); .* \(1, 4\)"),
+        (
+            ((1, 4, 2, 8),) * 3,
+            {"intervals": np.zeros((1, 3, 2), int)},
+            r"intervals has shape \(1, 3, 2\); .* \(1, 4, 2\)",
+        ),
+        (((1, 4, 2, 8),) * 3, {"intervals": np.zeros((1, 4, 2), int), "window": 3}, "window cannot be given beside"),
+        (((1, 4, 2, 8),) * 3, {"config": XlaConfig()}, "config=XlaConfig.* with implementation='auto'; name the one"),
+        (((1, 4, 2, 8),) * 3, {"config": 3, "implementation": "xla"}, "config=3 is not an XlaConfig"),
     ],
 )
 def test_refuses(shapes, options, message):
@@ -226,4 +239,11 @@ def test_refuses(shapes, options, message):
     ],
 )
 def test_what_cudnn_supports(head_dim, dtype, window, softcap, supported):
-    assert cudnn.supports(jnp.zeros((1, 2, 1, head_dim), dtype), window, softcap) == supported
+    assert (cudnn.why_not(jnp.zeros((1, 2, 1, head_dim), dtype), window, softcap) is None) == supported
+
+
+def test_those_who_call_a_backend_are_given_one_of_ours():
+    x = jnp.zeros((1, 4, 2, 8))
+    assert own_backend("auto", x, x, x, softcap=None) == own_backend("xla", x, x, x, softcap=None) == "xla"
+    with pytest.raises(ValueError, match="implementation='splash'; choose auto, xla, gpu, tpu"):
+        own_backend("splash", x, x, x, softcap=None)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from pallas_kernels.flash_attention import flash_attention, splash
+from pallas_kernels import fallback
+from pallas_kernels.flash_attention import flash_attention, splash, xla  # noqa: F401 xla is patched by name
 
 # length, heads, kv_heads, head_dim, segments, options. 384 tokens are three blocks of 128.
 CASES = {
@@ -75,9 +76,9 @@ def test_each_device_attends_with_its_own_rows_and_heads():
 )
 def test_what_splash_supports(shape, dtype, window, supported):
     query = jnp.zeros(shape, dtype)
-    assert splash.supports(query, window) == supported
+    assert (splash.why_not(query, window, None) is None) == supported
     if not supported:
-        with pytest.raises(ValueError, match="splash attention needs"):
+        with pytest.raises(ValueError, match="'splash' does not support this: "):
             flash_attention(query, query, query, window=window, implementation="splash")
 
 
@@ -85,15 +86,24 @@ def test_what_splash_supports(shape, dtype, window, supported):
     ("platform", "head_dim", "chosen"),
     [("tpu", 128, "splash"), ("tpu", 96, "xla"), ("gpu", 128, "cudnn"), ("gpu", 192, "xla"), ("cpu", 128, "xla")],
 )
-def test_auto_takes_the_kernel_of_the_platform(monkeypatch, platform, head_dim, chosen):
+def test_auto_takes_the_kernel_of_the_platform(monkeypatch, caplog, platform, head_dim, chosen):
+    """Where those of our own are not there."""
+
     def answer(name, query, *_, **__):
         called.append(name)
-        return query
+        return (query, query[..., 0]) if name == "xla" else query
 
     called: list[str] = []
-    table = {name: functools.partial(answer, name) for name in ("xla", "cudnn", "splash", "reference")}
-    monkeypatch.setattr("pallas_kernels.flash_attention._IMPLEMENTATIONS", table)
-    monkeypatch.setattr("pallas_kernels.flash_attention.platform", lambda: platform)
+    flash = "pallas_kernels.flash_attention."
+    monkeypatch.setattr(flash + "_built", lambda name: False)
+    monkeypatch.setattr(flash + "platform", lambda: platform)
+    for name, function in (("xla", "forward"), ("cudnn", "flash_attention"), ("splash", "flash_attention")):
+        monkeypatch.setattr(f"{flash}{name}.{function}", functools.partial(answer, name))
     x = jnp.zeros((1, 128, 2, head_dim), jnp.bfloat16)
-    flash_attention(x, x, x)
-    assert called == [chosen]
+    fallback._say.cache_clear()
+    for _ in range(2):
+        flash_attention(x, x, x)
+    assert called == [chosen] * 2
+    said = [record.getMessage() for record in caplog.records if "flash_attention: " in record.getMessage()]
+    assert len(said) == (chosen == "xla" and platform != "cpu"), said
+    assert all(f"head_dim={head_dim}" in line for line in said)

@@ -1,0 +1,106 @@
+"""Segments of one row each, as in decoding: chunks of all of them, dealt out evenly to lanes that advance together."""
+
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.log_sum_exp import merge_all
+from pallas_kernels.paged_attention import xla_chunks
+from pallas_kernels.paged_attention.cache import PagedCache
+from pallas_kernels.paged_attention.xla_scores import PRECISION, capped, seen
+
+
+def attend_rows(query, position, cache: PagedCache, layer, block_table, segments, active, *, lanes, chunk, **scores):
+    """The results of those segments that are ``active``, in the segments' order.
+
+    The chunks of all segments, one segment after the other, are cut into ``lanes`` runs of equally many. Each lane goes
+    through its run with an online softmax; a segment that lies in several lanes is merged at the end. So the number of
+    steps depends on the sum of the lengths only, and a step has enough work for all cores.
+
+    Args:
+      query: ``[rows, kv_heads, group, head_dim]``, float32 and scaled.
+      position, cache, layer, block_table, segments: see `pallas_kernels.paged_attention.segments`.
+      active: which segments.
+      lanes, chunk: see `pallas_kernels.paged_attention.xla.XlaConfig`.
+      **scores: ``window`` and ``softcap``.
+
+    Returns:
+      Output ``[segments, kv_heads, group, head_dim]`` and log-sum-exp ``[segments, kv_heads, group]``.
+    """
+    count, (kv_heads, group, head_dim) = active.shape[0], query.shape[1:]
+    row = jnp.clip(segments.query_begin, 0, query.shape[0] - 1)
+    low, high = seen(position[row], segments.kv_begin, segments.kv_end, scores["window"])
+    chunks = jnp.where(active & (low < high), -(-(high - low) // chunk), 0)
+    ends = jnp.cumsum(chunks, dtype=jnp.int32)
+    total = ends[-1]
+    steps = -(-total // lanes)
+    lane = jnp.arange(lanes, dtype=jnp.int32)
+    # Where each lane starts, counted in segments that have work.
+    busy = jnp.argsort(chunks == 0, stable=True).astype(jnp.int32)
+    first = jnp.clip(lane * steps, 0, jnp.maximum(total - 1, 0))
+    segment = jnp.minimum(jnp.searchsorted(ends, first, side="right").astype(jnp.int32), count - 1)
+    at = jnp.cumsum(chunks > 0, dtype=jnp.int32)[segment] - 1, first - (ends - chunks)[segment]
+
+    def work(step, at):
+        """What the lanes do next: made a step ahead, so that no inner loop computes it over and over."""
+        segment = busy[at[0]]
+        left = lane * steps + step < jnp.minimum((lane + 1) * steps, total)
+        where = xla_chunks.locate(
+            block_table[jnp.clip(segments.table_row[segment], 0, block_table.shape[0] - 1)],
+            low[segment] + at[1] * chunk,
+            low[segment],
+            high[segment],
+            tokens=chunk,
+            page_size=cache.page_size,
+        )
+        slot = jnp.where(left, segment + lane, count + lanes - 1)  # the last is for lanes that have finished
+        continued = (step > 0) & (at[1] > 0)
+        return where, slot, jnp.broadcast_to(continued, lane.shape).astype(jnp.float32), query[row[segment]]
+
+    def advance(at):
+        more = at[1] + 1 < chunks[busy[at[0]]]
+        return jnp.where(more, at[0], jnp.minimum(at[0] + 1, count - 1)), jnp.where(more, at[1] + 1, 0)
+
+    def step(i, state):
+        outs, lses, total, weight, peak, at, (where, slot, continued, q) = state
+        key = xla_chunks.by_head(cache.key, layer, where)
+        logits = jnp.einsum("rhtd,rhgd->rhtg", key, q, precision=PRECISION()).swapaxes(-1, -2)
+        if cache.key_scale is not None:
+            logits = logits * xla_chunks.scales(cache.key_scale, layer, where)[:, :, None]
+        logits = jnp.where(where.visible[:, None, None], capped(logits, scores["softcap"]), -jnp.inf)
+        before = jnp.where(continued[:, None, None] > 0, peak, -jnp.inf)
+        peak = jnp.maximum(before, logits.max(axis=-1))  # finite: a chunk has a token that is seen
+        weights = jnp.exp(logits - peak[..., None])
+        decay = continued[:, None, None] * jnp.exp(before - peak)
+        weight = weight * decay + weights.sum(axis=-1)
+        if cache.value_scale is not None:
+            weights = weights * xla_chunks.scales(cache.value_scale, layer, where)[:, :, None]
+        value = xla_chunks.by_token(cache.value, layer, where)
+        if group == 1:
+            # JAX 0.10's compiler makes a program of the other form that is a hundred times slower.
+            new = jnp.einsum("rhgt,rthd->rhgd", weights, value, precision=PRECISION())
+        else:
+            new = (weights.transpose(0, 3, 1, 2)[..., None] * value[:, :, :, None]).sum(axis=1)
+        total = total * decay[..., None] + new
+        out, lse = total / weight[..., None], peak + jnp.log(weight)
+        for r in range(lanes):
+            outs = lax.dynamic_update_index_in_dim(outs, out[r], slot[r], 0)
+            lses = lax.dynamic_update_index_in_dim(lses, lse[r], slot[r], 0)
+        at = advance(at)
+        return outs, lses, total, weight, peak, at, work(i + 1, at)
+
+    shape = (kv_heads, group)
+    slots = (
+        jnp.zeros((count + lanes, *shape, head_dim)),
+        jnp.full((count + lanes, *shape), -jnp.inf),
+    )
+    state = (jnp.zeros((lanes, *shape, head_dim)), jnp.zeros((lanes, *shape)), jnp.zeros((lanes, *shape)))
+    outs, lses, *_ = lax.fori_loop(0, steps, step, (*slots, *state, at, work(0, at)))
+    # Segment s of lane r was written to slot s + r: no two share a slot, for the lanes' runs follow one another.
+    parts = jnp.stack([outs[r : r + count] for r in range(lanes)])
+    part_lses = jnp.stack([lses[r : r + count] for r in range(lanes)])
+    per = jnp.maximum(steps, 1)
+    begin, end = (ends - chunks) // per, (ends - 1) // per
+    there = (chunks > 0) & (begin <= lane[:, None]) & (lane[:, None] <= end)
+    part_lses = jnp.where(there[..., None, None], part_lses, -jnp.inf)
+    parts = jnp.where(there[..., None, None, None], parts, 0.0)
+    return (parts[0], part_lses[0]) if lanes == 1 else merge_all(parts, part_lses)

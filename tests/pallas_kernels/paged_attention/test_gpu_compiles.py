@@ -1,0 +1,49 @@
+"""What the compiler for an absent H200 says of the GPU kernels at real models' shapes."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels.absent import compile_for, reports
+from pallas_kernels.cases import all_cases
+from pallas_kernels.paged_attention import PagedCache, write
+from pallas_kernels.paged_attention.gpu_config import SMEM_BYTES
+
+pytestmark = pytest.mark.cuda
+
+CASES = [case.name for case in all_cases() if case.name.startswith("paged_attention/") and "h200" in case.families]
+# Sums of 256 columns and the addresses of four buffers: some that do not change within the loop are kept in memory.
+SPILLS = {f"paged_attention/ragged/gemma3_4b/page64/{kept}": 160 for kept in ("int8", "float8_e4m3fn")}
+
+
+@pytest.fixture(scope="module")
+def said():
+    return reports("h200", CASES)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_fit_and_use_tensor_cores_and_the_copy_engine(name, said):
+    report = said[name]
+    assert "error" not in report, report["error"]
+    attention = [kernel for kernel in report["kernels"] if not kernel["name"].endswith("merge")]
+    assert len(attention) == (2 if "/ragged/" in name else 1)
+    for kernel in report["kernels"]:
+        assert kernel["smem_bytes"] <= SMEM_BYTES
+        assert max(kernel["spill_stores"], kernel["spill_loads"]) <= SPILLS.get(name, 0), kernel
+        assert kernel["tma_loads"] > 0 and not kernel["mma_sync"]
+    for kernel in attention:
+        assert kernel["wgmma"] >= 12
+        # ptxas before 13.3 may corrupt a left operand in registers.
+        assert kernel["wgmma_register_operand"] == 0
+    # No copy of the cache, nor of a layer of it.
+    held = report["memory"]["argument"]
+    assert report["memory"]["temp"] < held / 8
+
+
+def test_writing_is_in_place(absent_gpus):
+    cache = jax.eval_shape(lambda: PagedCache.zeros(4, 1024, 64, 8, 128, jnp.int8))
+    new = jax.ShapeDtypeStruct((64, 8, 128), jnp.bfloat16)
+    layer, slot = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((64,), jnp.int32)
+    donating = jax.jit(write, donate_argnums=0)
+    memory = compile_for("h200", donating, cache, layer, new, new, slot).memory_analysis()
+    assert memory.temp_size_in_bytes < 2**22
