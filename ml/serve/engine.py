@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,8 +12,9 @@ from jaxtyping import PyTree
 
 from ml.errors import UserError
 from ml.models import Transformer, TransformerConfig
+from ml.serve.generation import Completion
 from ml.serve.runner import Results, Runner, RunnerConfig
-from ml.serve.sampling import SamplingParams
+from ml.serve.sampling import SamplingParams, TokenLogprobs
 from ml.serve.scheduling.config import SchedulerConfig
 from ml.serve.scheduling.policies import Fifo, LongestPrefix
 from ml.serve.scheduling.request import FinishReason, Request
@@ -42,7 +43,8 @@ class EngineConfig:
         crossover measured on this device says that it pays; ``always``; ``never``.
       dtype: of activations.
       cache_dtype: of keys and values; ``None``: as ``dtype``; ``int8`` and ``float8_e4m3fn`` are kept with scales.
-      invariant: results do not depend, bit for bit, on what else runs, on how a prompt was cut, or on what was cached.
+      invariant: attention does not depend, bit for bit, on what else runs, on how a prompt was cut, or on what was cached;
+        the model's other products may still round by the number of rows that they are given.
       implementation: of attention; see `pallas_kernels.paged_attention`.
     """
 
@@ -58,30 +60,6 @@ class EngineConfig:
     cache_dtype: Any = None
     invariant: bool = False
     implementation: Implementation = "auto"
-
-
-@dataclasses.dataclass
-class TokenLogprobs:
-    """Of one generated token: its log-probability and rank, and those of the likeliest tokens."""
-
-    logprob: float
-    rank: int
-    top: dict[int, float]
-
-
-@dataclasses.dataclass
-class Completion:
-    """What the model wrote.
-
-    Attributes:
-      tokens: generated ids, without the stop token.
-      finish_reason: ``stop`` (a stop token came), ``length`` (``max_tokens`` reached), or ``cancelled``.
-      logprobs: of each token, if they were asked for.
-    """
-
-    tokens: list[int]
-    finish_reason: str
-    logprobs: list[TokenLogprobs] | None = None
 
 
 class Engine:
@@ -249,7 +227,7 @@ class Engine:
             tokens = tokens[:-1]
         asked = self._sampling[sample.request.id].logprobs is not None
         assert sample.finish_reason is not None
-        return Completion(tokens, sample.finish_reason.value, logprobs if asked else None)
+        return Completion(tokens, cast(Any, sample.finish_reason.value), logprobs if asked else None)
 
     def _begin(self, slot: int, sample: Sample) -> None:
         sampling = self._sampling[sample.request.id]

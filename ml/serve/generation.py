@@ -14,12 +14,23 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from ml.errors import UserError
 from ml.models import Transformer, TransformerConfig, head_params
 from ml.serve.cached_attention import PagedAttention, PrefillAttention, empty_cache
-from ml.serve.sampling import SamplingParams, SamplingRows, sample
+from ml.serve.sampling import SamplingParams, SamplingRows, TokenLogprobs, sample
 from pallas_kernels.paged_attention import PagedCache
 
 _NOTHING = -1  # stands for "no token" in arrays of tokens
 _SHORTEST_BUCKET = 16
 _PAGE_SIZE = 16
+# What `ml.serve.engine.Engine` does and `Generator` does not.
+_ENGINE_ALONE = (
+    "min_tokens",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "logit_bias",
+    "ignore_eos",
+    "n",
+    "logprobs",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,11 +39,13 @@ class Completion:
 
     Attributes:
       tokens: generated ids, without the stop token.
-      finish_reason: ``stop`` (a stop token came) or ``length`` (``max_tokens`` reached).
+      finish_reason: ``stop`` (a stop token came), ``length`` (``max_tokens`` reached) or ``cancelled``.
+      logprobs: of each token, if they were asked for.
     """
 
     tokens: list[int]
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "cancelled"]
+    logprobs: list[TokenLogprobs] | None = None
 
 
 class Generator:
@@ -101,6 +114,11 @@ class Generator:
         return completions
 
     def _check(self, index: int, prompt: Sequence[int], request: SamplingParams) -> None:
+        for name in _ENGINE_ALONE:
+            if getattr(request, name) != getattr(SamplingParams(), name):
+                raise UserError(
+                    f"prompt {index}: {name}={getattr(request, name)}: use ml.serve.Engine, which does that"
+                )
         longest = self.config.max_length
         if not prompt:
             raise UserError(f"prompt {index} is empty: begin it with the beginning-of-text token")

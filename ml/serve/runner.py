@@ -32,7 +32,7 @@ class RunnerConfig:
       max_length: most tokens of a sequence; with the page size, the width of block tables.
       token_budget: most tokens of a step.
       cache_dtype: of keys and values; ``int8`` and ``float8_e4m3fn`` are kept with scales; ``None``: the activations'.
-      invariant: a sequence's logits do not depend, bit for bit, on its company or on how its prompt was cut.
+      invariant: see `ml.serve.engine.EngineConfig`.
       implementation: of attention; see `pallas_kernels.paged_attention`.
     """
 

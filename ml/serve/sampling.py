@@ -35,11 +35,9 @@ class SamplingParams:
       logit_bias: added to the logits of tokens.
       seed: of this request; its text depends on nothing else in the batch.
       stop_token_ids: tokens that end the text, besides the model's own; they are not part of it.
-      stop: strings that end the text; they are not part of it.
       ignore_eos: the model's own end of text does not end it.
       n: texts to write, with seeds ``seed``, ``seed + 1``, and so on.
       logprobs: give the log-probability of each token, and of so many likeliest ones; ``None``: give none.
-      prompt_logprobs: likewise of the prompt's tokens.
     """
 
     max_tokens: int = 128
@@ -54,11 +52,9 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
     seed: int = 0
     stop_token_ids: tuple[int, ...] = ()
-    stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     n: int = 1
     logprobs: int | None = None
-    prompt_logprobs: int | None = None
 
     def __post_init__(self):
         if self.max_tokens < 1:
@@ -87,14 +83,10 @@ class SamplingParams:
                 raise ValueError(f"logit_bias[{token}]={bias}: tokens are numbers from 0, biases lie in -100 .. 100")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed}: must lie between 0 and {2**32 - 1}")
-        if any(not text for text in self.stop):
-            raise ValueError("stop holds an empty string: every text would end at once")
         if self.n < 1:
             raise ValueError(f"n={self.n}: must be at least 1")
-        for name in ("logprobs", "prompt_logprobs"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= MAX_LOGPROBS:
-                raise ValueError(f"{name}={value}: must lie between 0 and {MAX_LOGPROBS}")
+        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
+            raise ValueError(f"logprobs={self.logprobs}: must lie between 0 and {MAX_LOGPROBS}")
 
     @property
     def penalizes(self) -> bool:
@@ -174,22 +166,15 @@ class Constraints:
     Attributes:
       bias_token: tokens with a bias; a number beyond the vocabulary: none.
       bias: added to their logits.
-      allowed: bit ``t % 32`` of word ``t // 32`` says whether token ``t`` may be drawn; ``None``: all may.
     """
 
     bias_token: Int[Array | np.ndarray, "rows biases"]
     bias: Float[Array | np.ndarray, "rows biases"]
-    allowed: UInt32[Array | np.ndarray, "rows words"] | None = None
 
     def apply(self, logits: Float[Array, "rows vocab"]) -> Float[Array, "rows vocab"]:
-        """Logits with biases, -inf where a token may not be drawn."""
+        """Logits with biases; -inf forbids a token."""
         rows = jnp.arange(logits.shape[0])[:, None]
-        logits = logits.at[rows, self.bias_token].add(self.bias, mode="drop")
-        if self.allowed is None:
-            return logits
-        token = jnp.arange(logits.shape[1])
-        bits = self.allowed[:, token // 32] >> (token % 32).astype(jnp.uint32)
-        return jnp.where((bits & 1).astype(bool), logits, -jnp.inf)
+        return logits.at[rows, self.bias_token].add(self.bias, mode="drop")
 
 
 @flax.struct.dataclass
@@ -207,6 +192,15 @@ class Logprobs:
     rank: Int[Array, " rows"]
     top: Float[Array, "rows top"]
     top_token: Int[Array, "rows top"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLogprobs:
+    """Of one generated token, on the host: its log-probability, its rank, and the likeliest tokens', in order."""
+
+    logprob: float
+    rank: int
+    top: Mapping[int, float]
 
 
 def logprobs(logits: Float[Array, "rows vocab"], tokens: Int[Array, " rows"], top: int) -> Logprobs:

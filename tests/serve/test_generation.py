@@ -170,6 +170,11 @@ def test_refuses(prompt, max_tokens, message):
         _generator().generate([[1], prompt], [SamplingParams(max_tokens=1), SamplingParams(max_tokens=max_tokens)])
 
 
+def test_refuses_what_only_the_engine_does():
+    with pytest.raises(UserError, match=r"prompt 0: n=2: use ml\.serve\.Engine"):
+        _generator().generate([[1]], SamplingParams(n=2))
+
+
 def test_few_programs_are_compiled():
     generator = _generator(steps_per_dispatch=5)  # a step count that no other test compiles
     before = generation._decode._cache_size()

@@ -116,7 +116,6 @@ def test_seed_and_number_both_change_the_draw():
         {"repetition_penalty": 0.0},
         {"n": 0},
         {"logprobs": 21},
-        {"prompt_logprobs": -1},
         {"seed": -1},
         {"seed": 2**32},
     ],
@@ -133,7 +132,6 @@ def test_refuses_parameters_out_of_range(bad):
         ({"logit_bias": {-1: 0.0}}, r"logit_bias\[-1\]"),
         ({"logit_bias": {3: 101.0}}, r"logit_bias\[3\]=101"),
         ({"logit_bias": dict.fromkeys(range(301), 0.0)}, "301 entries"),
-        ({"stop": ("a", "")}, "empty string"),
     ],
 )
 def test_refuses_biases_and_stops(bad, message):
@@ -170,15 +168,11 @@ def test_penalties_count_what_is_drawn():
     assert after.seen.tolist() == [[False, False, False, True, False], [False, True, False, False, False]]
 
 
-def test_bias_and_allowed_tokens():
+def test_bias():
     logits = jnp.zeros((2, 40))
-    bias_token, bias = jnp.array([[3, 40], [39, 0]]), jnp.array([[1.5, 9.0], [-2.0, 0.25]])
-    allowed = np.zeros((2, 2), np.uint32)
-    allowed[0, 0], allowed[1, 1] = 1 << 3 | 1 << 31, 1 << 7
-    biased = Constraints(bias_token, bias).apply(logits)
-    assert (biased[0, 3], biased[1, 39], biased[1, 0], biased.sum()) == (1.5, -2.0, 0.25, -0.25)
-    masked = np.asarray(Constraints(bias_token, bias, jnp.asarray(allowed)).apply(logits))
-    assert [np.flatnonzero(np.isfinite(row)).tolist() for row in masked] == [[3, 31], [39]]
+    bias_token, bias = jnp.array([[3, 40], [39, 0]]), jnp.array([[1.5, 9.0], [-2.0, -jnp.inf]])
+    biased = np.asarray(Constraints(bias_token, bias).apply(logits))
+    assert (biased[0, 3], biased[0].sum(), biased[1, 39], biased[1, 0]) == (1.5, 1.5, -2.0, -np.inf)
 
 
 def test_a_forbidden_token_is_never_drawn():
