@@ -43,8 +43,8 @@ class EngineConfig:
         crossover measured on this device says that it pays; ``always``; ``never``.
       dtype: of activations.
       cache_dtype: of keys and values; ``None``: as ``dtype``; ``int8`` and ``float8_e4m3fn`` are kept with scales.
-      invariant: attention does not depend, bit for bit, on what else runs, on how a prompt was cut, or on what was cached;
-        the model's other products may still round by the number of rows that they are given.
+      invariant: attention does not depend, bit for bit, on what else runs, on how a prompt was cut, or on what is
+        cached; the model's other products may still round by the number of rows that they are given.
       implementation: of attention; see `pallas_kernels.paged_attention`.
     """
 
