@@ -13,6 +13,9 @@ from ml.models import MoEConfig, Transformer, TransformerConfig, init_params
 from ml.serve.engine import Engine, EngineConfig
 from ml.serve.sampling import SamplingParams
 
+# Each engine compiles its own handful of programs.
+pytestmark = pytest.mark.slow
+
 CONFIG = TransformerConfig(
     vocab_size=61,
     num_layers=2,
@@ -77,15 +80,15 @@ def _requests(count, seed=1):
     return [SamplingParams(max_tokens=int(m), temperature=0.0) for m in rng.integers(1, 14, count)]
 
 
-@pytest.mark.parametrize("name", ["plain", pytest.param("experts", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize(
     "changes",
     [
         {},
-        pytest.param({"share": "always"}, marks=pytest.mark.slow),
+        {"share": "always"},
         # Little room: sequences lose their pages and come back.
         {"cache_tokens": 100, "schedule": "prefix"},
-        pytest.param({"decode_steps": 1, "token_budget": 8}, marks=pytest.mark.slow),
+        {"decode_steps": 1, "token_budget": 8},
     ],
     ids=["plain", "shared", "preempted", "small_chunks"],
 )
