@@ -23,11 +23,18 @@ SHAPES = {
 
 
 def arguments(
-    model: str, dtype: str, page_size: int, *, rows: int | None = None, batch: int = 64, tokens: int = 8192
+    model: str,
+    dtype: str,
+    page_size: int,
+    *,
+    rows: int | None = None,
+    batch: int = 64,
+    tokens: int = 8192,
+    layers: int = 2,
 ) -> tuple[Any, ...]:
     """Operands of `paged_attention`: a decode of ``batch`` sequences, or ``rows`` of them all."""
     heads, kv_heads, head_dim = SHAPES[model]
-    shape, layers, pages = jax.ShapeDtypeStruct, 2, 2**18 // page_size
+    shape, pages = jax.ShapeDtypeStruct, 2**18 // page_size
     keys: Any = shape((layers, pages, page_size, kv_heads, head_dim), jnp.dtype(dtype))
     scales: Any = shape((layers, pages, kv_heads, page_size), jnp.float32) if keys.dtype.itemsize == 1 else None
     starts = () if rows is None else (shape((batch + 1,), jnp.int32),)
@@ -60,7 +67,7 @@ def _gpu_cases() -> Iterator[Case]:
 
     def case(kind: str, model: str, page_size: int, dtype: str, batch: int, rows: int | None, **options: Any) -> Case:
         name = f"paged_attention/{kind}/{model}/page{page_size}/{dtype}"
-        shapes = arguments(model, dtype, page_size, rows=rows, batch=batch)
+        shapes = arguments(model, dtype, page_size, rows=rows, batch=batch, layers=4)
         return Case(name, functools.partial(paged_attention, **options), shapes, _GPUS)
 
     for page_size in (16, 64, 128):
