@@ -12,7 +12,7 @@ _USAGE = """
 Times a kernel at real shapes: fraction of what the device could do, and peers interleaved. Writes JSON after each case.
 
   python scripts/bench_kernels.py --kernel=paged --peers
-  python scripts/bench_kernels.py --kernel=flash --cases=llama3_8b_8k/forward --output=/tmp/results
+  python scripts/bench_kernels.py --kernel=flash --cases=llama3_8b_8k/forward --output=results
 """
 
 KERNELS = ("flash", "paged", "shared_prefix")

@@ -18,7 +18,7 @@ Tries configurations of a kernel on this machine's device, at one shape after th
 table that the kernel goes by (pallas_kernels/tuning/OP.json). A candidate that crashes or hangs costs only itself.
 
   python scripts/tune_kernels.py --kernel=paged_attention
-  python scripts/tune_kernels.py --kernel=flash_attention --output=/tmp/tables --budget=600
+  python scripts/tune_kernels.py --kernel=flash_attention --output=tables --budget=600
 """
 
 _ROOT = Path(__file__).resolve().parents[1]
