@@ -16,8 +16,6 @@ ROWS = 64
 COLUMNS = 64
 # Shared memory that a block of an H100 or H200 may ask for, less what barriers and the alignment of buffers take.
 SMEM_BYTES = CHIPS["NVIDIA H200"].smem_bytes - 1_024
-# What Mosaic sets aside for reductions among the threads of a warpgroup.
-_REDUCTION_BYTES = 2_048
 # Registers of a thread, 64 k to a block, by the number of computing warpgroups beside the one that copies: what a
 # computing thread may take once the copying ones have given theirs back, and what these keep.
 REGISTERS = {1: (255, 255), 2: (240, 24), 3: (160, 24)}
@@ -57,8 +55,7 @@ class GpuConfig:
     def smem_bytes(self, head_dim: int) -> dict[str, int]:
         """Shared memory of each kernel at a (padded) head size, in bytes."""
         groups, q = self.warpgroups, self.block_q
-        forward = 2 * head_dim * (groups * q + 2 * self.stages * self.block_kv) + _whole(groups * q * 4)
-        forward += groups * q * 8 + _REDUCTION_BYTES
+        forward = 2 * head_dim * (groups * q + 2 * self.stages * self.block_kv) + groups * q * 12
         forward += 0 if self.registers else 2 * groups * q * self.block_kv
         dq = 2 * head_dim * 2 * (self.dq_warpgroups * ROWS + self.dq_stages * self.dq_block_kv)
         dq += self.dq_warpgroups * ROWS * (2 * self.dq_block_kv + 16)
@@ -103,11 +100,6 @@ class GpuConfig:
                     f"config={self}: the {kernel} kernel needs about {count} registers a thread at "
                     f"head_dim={head_dim}, and there are {most}"
                 )
-
-
-def _whole(size: int) -> int:
-    """Buffers begin at whole KiB."""
-    return -(-size // 1024) * 1024
 
 
 def padded_head_dim(head_dim: int) -> int:
