@@ -38,8 +38,9 @@ quickstart: env ## train a small language model on this machine, then sample fro
 test: lint typecheck ## lint, types and every test but the slow ones
 	$(PY) $(PYTEST) -m "not slow and $(HERE)" $(ARGS)
 
-test-all: lint typecheck ## the same with the slow sweeps
+test-all: lint typecheck env-cuda ## the same with the slow sweeps, those of test-cuda too (a night)
 	$(PY) $(PYTEST) -m "$(HERE)" $(ARGS)
+	$(CUDA_PY) $(PYTEST) -m "cuda" $(ARGS)
 
 test-parity: env-parity ## compare with torch and transformers, in an environment of its own (.venv-parity)
 	$(PARITY_PY) $(PYTEST) -m "parity" $(ARGS)
@@ -48,7 +49,7 @@ test-oldest: env-parity ## every test but the slow ones with the oldest supporte
 	$(PARITY_PY) $(PYTEST) -m "not slow and $(HERE)" $(ARGS)
 
 test-cuda: env-cuda ## compile the GPU kernels for an absent H200, in an environment of its own (.venv-cuda)
-	$(CUDA_PY) $(PYTEST) -m "cuda" $(ARGS)
+	$(CUDA_PY) $(PYTEST) -m "cuda and not slow" $(ARGS)
 
 gpu: ## on a machine with an H200 or H100: its tests and all kernel benchmarks in 10 minutes; needs no network [GPU_PY=python3]
 	$(GPU_PY) scripts/run_on_gpu.py $(ARGS)

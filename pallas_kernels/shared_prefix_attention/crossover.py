@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
+from pallas_kernels.platform import platform
+
 # Predicted gains below this share of the unshared time are not trusted.
 MARGIN = 0.05
 
@@ -112,7 +114,15 @@ def calibrate(shapes: Shapes, *, grid: Iterable[tuple[int, int]] = GRID, repeats
       shapes: of the calls.
       grid: pairs ``(rows, tokens)``: that many rows share so many tokens, each with a page of its own behind them.
       repeats: measurements of each, of which the median counts.
+
+    Raises:
+      ValueError: the implementation is interpreted here, so that its time (minutes) would say nothing.
     """
+    if shapes.implementation in ("gpu", "tpu") and shapes.implementation != platform():
+        raise ValueError(
+            f"implementation={shapes.implementation!r} is interpreted on {platform()}, so there is no crossover to "
+            "measure; share with Crossover.always(), or take implementation='xla'"
+        )
     cases = [(rows, tokens, *_programs(shapes, rows, tokens)) for rows, tokens in grid]
     times: dict[tuple[int, int, bool], list[float]] = {}
     for _ in range(repeats):

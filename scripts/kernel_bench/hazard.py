@@ -46,7 +46,7 @@ def product(left: Any, right: Any) -> Any:
                 plgpu.copy_gmem_to_smem(left.at[s], left_tile.at[slot], arrived)
                 plgpu.copy_gmem_to_smem(right.at[s], right_tile.at[slot], arrived)
                 plgpu.barrier_wait(arrived)
-                operand = plgpu.load(left_tile.at[slot], (), layout=plgpu.Layout.WGMMA)
+                operand = plgpu.load(left_tile.at[slot], layout=plgpu.Layout.WGMMA)
                 shifted = (operand.astype(jnp.float32) + s.astype(jnp.float32)).astype(jnp.bfloat16)
                 plgpu.wgmma(sums, shifted, right_tile.at[slot])
                 plgpu.wgmma_wait(1)  # the step before is done, so its slot may be filled again

@@ -89,3 +89,11 @@ def test_calibrates_a_quantized_cache():
     shapes = Shapes(4, 2, 16, 8, "bfloat16", "int8", "reference")
     measured = calibrate(shapes, grid=((2, 16), (4, 32)), repeats=1)
     assert all(0 <= seconds < 60 for seconds in dataclasses.astuple(measured))
+
+
+@pytest.mark.parametrize("implementation", ["gpu", "tpu"])
+def test_an_interpreted_kernel_is_not_measured(tmp_path, implementation):
+    shapes = dataclasses.replace(SHAPES, implementation=implementation)
+    with pytest.raises(ValueError, match=r"is interpreted on cpu.*Crossover.always"):
+        crossover(shapes, path=tmp_path / "crossover.json")
+    assert not any(tmp_path.iterdir())
