@@ -21,6 +21,8 @@ from pallas_kernels.paged_attention.xla_tiles import attend_tiles
 _CHUNK_BYTES, _STEP_BYTES = 2**21, 2**19
 # Tokens of a chunk of the rows that see no more.
 _SHORT = 128
+# Up to so many query heads, all of them times all keys cost less than to bring the keys of each head together.
+_WIDE_HEADS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,17 +33,19 @@ class XlaConfig:
       lanes: chunks of rows that are alone in their segment computed in one step.
       chunk: tokens of a chunk.
       tile: rows of a segment multiplied at once.
+      wide: of rows that are alone, multiply all heads with all: more work, but on keys and values as they are stored.
     """
 
     lanes: int
     chunk: int
     tile: int
+    wide: bool = False
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
+        for field in ("lanes", "chunk", "tile"):
+            value = getattr(self, field)
             if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{field.name}={value!r}; it must be a whole number of at least 1")
+                raise ValueError(f"{field}={value!r}; it must be a whole number of at least 1")
 
 
 def heuristic(query: Any, cache: PagedCache, block_table: Any) -> XlaConfig:
@@ -50,9 +54,11 @@ def heuristic(query: Any, cache: PagedCache, block_table: Any) -> XlaConfig:
     group = query.shape[1] // kv_heads
     per_token = 4 * kv_heads * head_dim
     longest = block_table.shape[1] * cache.page_size
+    tile = min(max(256 // group, 1), _ceil_power(query.shape[0]))
+    if query.shape[1] <= _WIDE_HEADS or group == 1:
+        return XlaConfig(lanes=1, chunk=min(_SHORT, _ceil_power(longest)), tile=tile, wide=True)
     chunk = min(max(_floor_power(_CHUNK_BYTES // per_token), 128), 512, _ceil_power(longest))
     lanes = min(max(_STEP_BYTES // (chunk * per_token), 1), 4, block_table.shape[0])
-    tile = min(max(256 // group, 1), _ceil_power(query.shape[0]))
     return XlaConfig(lanes=lanes, chunk=chunk, tile=tile)
 
 
@@ -101,11 +107,15 @@ def attend(
     first = jnp.clip(segments.query_begin, 0, rows - 1)
     low, high = seen(position[first], segments.kv_begin, segments.kv_end, window)
     few = min(_SHORT, config.chunk)
-    short = high - low <= few
-    out, lse = attend_rows(*operands, alone & ~short, lanes=config.lanes, chunk=config.chunk, **scores)
+    short = (high - low <= few) | (few == config.chunk)
+    rows_options = {"wide": config.wide, **scores}
     lanes = min(config.lanes * config.chunk // few, 4, alone.size)
-    short_out, short_lse = attend_rows(*operands, alone & short, lanes=lanes, chunk=few, **scores)
-    out, lse = jnp.where(short[:, None, None, None], short_out, out), jnp.where(short[:, None, None], short_lse, lse)
+    out, lse = attend_rows(*operands, alone & short, lanes=lanes, chunk=few, **rows_options)
+    if few < config.chunk:
+        long = alone & ~short
+        long_out, long_lse = attend_rows(*operands, long, lanes=config.lanes, chunk=config.chunk, **rows_options)
+        out = jnp.where(long[:, None, None, None], long_out, out)
+        lse = jnp.where(long[:, None, None], long_lse, lse)
     # Which segment an output row belongs to.
     index = jnp.where(alone, segments.out_begin, outputs)
     owner = jnp.full(outputs, -1, jnp.int32).at[index].set(jnp.arange(alone.size, dtype=jnp.int32), mode="drop")

@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float
 
 from pallas_kernels.log_sum_exp import merge_all
 from pallas_kernels.paged_attention import xla_chunks
@@ -9,7 +10,9 @@ from pallas_kernels.paged_attention.cache import PagedCache
 from pallas_kernels.paged_attention.xla_scores import PRECISION, capped, seen
 
 
-def attend_rows(query, position, cache: PagedCache, layer, block_table, segments, active, *, lanes, chunk, **scores):
+def attend_rows(
+    query, position, cache: PagedCache, layer, block_table, segments, active, *, lanes, chunk, wide, **scores
+):
     """The results of those segments that are ``active``, in the segments' order.
 
     The chunks of all segments, one segment after the other, are cut into ``lanes`` runs of equally many. Each lane goes
@@ -20,7 +23,7 @@ def attend_rows(query, position, cache: PagedCache, layer, block_table, segments
       query: ``[rows, kv_heads, group, head_dim]``, float32 and scaled.
       position, cache, layer, block_table, segments: see `pallas_kernels.paged_attention.segments`.
       active: which segments.
-      lanes, chunk: see `pallas_kernels.paged_attention.xla.XlaConfig`.
+      lanes, chunk, wide: see `pallas_kernels.paged_attention.xla.XlaConfig`.
       **scores: ``window`` and ``softcap``.
 
     Returns:
@@ -62,8 +65,10 @@ def attend_rows(query, position, cache: PagedCache, layer, block_table, segments
 
     def step(i, state):
         outs, lses, total, weight, peak, at, (where, slot, continued, q) = state
-        key = xla_chunks.by_head(cache.key, layer, where)
-        logits = jnp.einsum("rhtd,rhgd->rhtg", key, q, precision=PRECISION()).swapaxes(-1, -2)
+        if wide:
+            logits = wide_logits(q, xla_chunks.by_token(cache.key, layer, where))
+        else:
+            logits = narrow_logits(q, xla_chunks.by_head(cache.key, layer, where))
         if cache.key_scale is not None:
             logits = logits * xla_chunks.scales(cache.key_scale, layer, where)[:, :, None]
         logits = jnp.where(where.visible[:, None, None], capped(logits, scores["softcap"]), -jnp.inf)
@@ -75,11 +80,7 @@ def attend_rows(query, position, cache: PagedCache, layer, block_table, segments
         if cache.value_scale is not None:
             weights = weights * xla_chunks.scales(cache.value_scale, layer, where)[:, :, None]
         value = xla_chunks.by_token(cache.value, layer, where)
-        if group == 1:
-            # JAX 0.10's compiler makes a program of the other form that is a hundred times slower.
-            new = jnp.einsum("rhgt,rthd->rhgd", weights, value, precision=PRECISION())
-        else:
-            new = (weights.transpose(0, 3, 1, 2)[..., None] * value[:, :, :, None]).sum(axis=1)
+        new = (wide_sum if wide else narrow_sum)(weights, value)
         total = total * decay[..., None] + new
         out, lse = total / weight[..., None], peak + jnp.log(weight)
         for r in range(lanes):
@@ -104,3 +105,39 @@ def attend_rows(query, position, cache: PagedCache, layer, block_table, segments
     part_lses = jnp.where(there[..., None, None], part_lses, -jnp.inf)
     parts = jnp.where(there[..., None, None, None], parts, 0.0)
     return (parts[0], part_lses[0]) if lanes == 1 else merge_all(parts, part_lses)
+
+
+def narrow_logits(
+    q: Float[Array, "lanes kv_heads group head_dim"], key: Float[Array, "lanes kv_heads tokens head_dim"]
+) -> Float[Array, "lanes kv_heads group tokens"]:
+    """A product for each head."""
+    return jnp.einsum("rhtd,rhgd->rhtg", key, q, precision=PRECISION()).swapaxes(-1, -2)
+
+
+def narrow_sum(
+    weights: Float[Array, "lanes kv_heads group tokens"], value: Float[Array, "lanes tokens kv_heads head_dim"]
+) -> Float[Array, "lanes kv_heads group head_dim"]:
+    """The weighted sum of values, without a matrix product."""
+    return (weights.transpose(0, 3, 1, 2)[..., None] * value[:, :, :, None]).sum(axis=1)
+
+
+def wide_logits(
+    q: Float[Array, "lanes kv_heads group head_dim"], key: Float[Array, "lanes tokens kv_heads head_dim"]
+) -> Float[Array, "lanes kv_heads group tokens"]:
+    """One product of all heads with all: the keys stay as they are stored, and the other heads' part is nothing."""
+    lanes, kv_heads, group, head_dim = q.shape
+    own = jnp.eye(kv_heads, dtype=q.dtype)[:, None, :, None]
+    diagonal = (q.transpose(0, 1, 3, 2)[:, :, :, None] * own).reshape(lanes, kv_heads * head_dim, kv_heads * group)
+    logits = jnp.einsum("rtc,rcq->rtq", key.reshape(lanes, -1, kv_heads * head_dim), diagonal, precision=PRECISION())
+    return lax.optimization_barrier(logits).swapaxes(1, 2).reshape(lanes, kv_heads, group, -1)
+
+
+def wide_sum(
+    weights: Float[Array, "lanes kv_heads group tokens"], value: Float[Array, "lanes tokens kv_heads head_dim"]
+) -> Float[Array, "lanes kv_heads group head_dim"]:
+    """The weighted sum of all heads' values with all heads' weights, of which the heads' own are kept."""
+    lanes, kv_heads, group, tokens = weights.shape
+    values = value.reshape(lanes, tokens, -1)
+    every = jnp.einsum("rqt,rtc->rqc", weights.reshape(lanes, -1, tokens), values, precision=PRECISION())
+    every = every.reshape(lanes, kv_heads, group, kv_heads, -1)
+    return jnp.stack([every[:, head, :, head] for head in range(kv_heads)], axis=1)

@@ -15,6 +15,7 @@ from pallas_kernels.paged_attention.xla import XlaConfig, heuristic
 PAGE = 16
 # Small enough that short sequences take several chunks, lanes and tiles.
 SMALL = XlaConfig(lanes=3, chunk=32, tile=4)
+WIDE = dataclasses.replace(SMALL, wide=True)
 
 
 class Batch:
@@ -78,7 +79,7 @@ LENGTHS = [0, 1, PAGE - 1, PAGE, PAGE + 1, 31, 32, 33, 97]
 
 
 @pytest.mark.parametrize("heads,kv_heads", [(4, 4), (4, 2), (16, 1)])
-@pytest.mark.parametrize("config", [None, SMALL], ids=["heuristic", "small"])
+@pytest.mark.parametrize("config", [None, SMALL, WIDE], ids=["heuristic", "small", "wide"])
 def test_decode(heads, kv_heads, config):
     batch = Batch(LENGTHS, heads=heads, kv_heads=kv_heads)
     agree(batch.attend("xla", config=config), batch.attend("reference"))
@@ -90,7 +91,8 @@ def test_decode(heads, kv_heads, config):
 @pytest.mark.parametrize("counts", [None, [0, 1, 4, 3, 9, 1, 32, 5, 20]], ids=["decode", "ragged"])
 def test_types(dtype, share, counts):
     batch = Batch(LENGTHS, dtype=dtype, counts=counts)
-    agree(batch.attend("xla", config=SMALL), batch.attend("reference"), share=share)
+    config = WIDE if counts is None else SMALL
+    agree(batch.attend("xla", config=config), batch.attend("reference"), share=share)
 
 
 @pytest.mark.parametrize("head_dim,page", [(64, 16), (96, 64), (128, 32), (256, 128)])
@@ -106,7 +108,8 @@ def test_window_and_softcap(traced, counts, window):
     batch = Batch(LENGTHS, counts=counts)
     window = jnp.int32(window) if traced else window
     options = {"window": window, "softcap": 2.0, "scale": 0.3}
-    agree(batch.attend("xla", config=SMALL, **options), batch.attend("reference", **options))
+    config = WIDE if counts is None else SMALL
+    agree(batch.attend("xla", config=config, **options), batch.attend("reference", **options))
 
 
 @pytest.mark.parametrize("invariant", [False, True])
@@ -263,6 +266,8 @@ def test_config():
     cache = PagedCache.zeros(1, 4, 16, 8, 128, "bfloat16")
     found = heuristic(jnp.zeros((64, 32, 128)), cache, jnp.zeros((64, 256), jnp.int32))
     assert found == XlaConfig(lanes=1, chunk=512, tile=64)
+    narrow = PagedCache.zeros(1, 4, 16, 4, 64, "bfloat16")
+    assert heuristic(jnp.zeros((64, 8, 64)), narrow, jnp.zeros((64, 256), jnp.int32)).wide
 
 
 def test_the_cache_is_not_copied():
