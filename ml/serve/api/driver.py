@@ -190,8 +190,8 @@ class Driver:
         except Exception as error:
             _log.exception("a step failed; the requests that ran are ended")
             self._observer.failed(error)
-            self._end_all(RequestError("the engine failed while it worked on this request"))
             self._engine.reset()
+            self._end_all(RequestError("the engine failed while it worked on this request"))
         finally:
             _wake(touched)
 

@@ -34,15 +34,12 @@ class FakeEngine:
         self.gate = threading.Event()
         self.gate.set()
         self.added, self.resets, self.most, self.threads = [], 0, 0, set()
+        self._unfinished = 0
         self._error_at_reset = error_at_reset
 
     @property
     def unfinished(self):
         return bool(self.samples)
-
-    @property
-    def all_samples(self):
-        return [sample for each in list(self.samples.values()) for sample in each]
 
     def add(self, prompt, sampling, request_id=None):
         if not prompt:
@@ -51,7 +48,8 @@ class FakeEngine:
         request = types.SimpleNamespace(id=request_id, sampling=sampling)
         self.samples[request_id] = [Sample(request, i, sampling.max_tokens) for i in range(sampling.n)]
         self.added.append(request_id)
-        self.most = max(self.most, len(self.all_samples))
+        self._unfinished += sampling.n
+        self.most = max(self.most, self._unfinished)
         return self.samples[request_id]
 
     def cancel(self, request_id, index=None):
@@ -94,6 +92,7 @@ class FakeEngine:
         return found[: self.running]
 
     def _forget(self, sample):
+        self._unfinished -= 1
         kept = [s for s in self.samples[sample.request.id] if s is not sample]
         if kept:
             self.samples[sample.request.id] = kept
