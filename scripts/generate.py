@@ -1,23 +1,19 @@
 """Continues text with a trained model: the completion on stdout, everything else on stderr."""
 
 import dataclasses
-import json
 import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-import tokenizers
 from absl import flags
 from app import run
 
-from ml.checkpoint.pretrained import load_model
-from ml.data.tokenizer import Tokenizer, check_vocab
+from ml.data.tokenizer import Tokenizer
 from ml.errors import UserError
-from ml.serve import Completion, Generator, SamplingParams, TextStream
+from ml.serve import Completion, Generator, SamplingParams, ServedModel, TextStream
+from ml.serve.text.served_model import serving_dtype
 
 USAGE = """Continues text with a model: the work directory of a training run, or a Hugging Face folder with tokenizer.
 Only the completion goes to stdout; several prompts run as a batch, and their completions follow in order.
@@ -45,23 +41,16 @@ def main() -> None:
     prompts, wanted = _prompts(), _sampling()
     if not _MODEL.value:
         raise UserError("--model is missing: give a work directory or a Hugging Face folder (see generate.py --help)")
-    folder = Path(_MODEL.value).expanduser()
-    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     try:
-        config, params, tokenizer_path = load_model(folder, step=_STEP.value, dtype=dtype)
-        if tokenizer_path is None:
-            raise UserError(f"{folder} has no tokenizer.json: copy the one the model was trained with there")
-        tokenizer = Tokenizer.load(tokenizer_path, where="tokenizer")
-        check_vocab(tokenizer, config.vocab_size)
+        model = ServedModel.load(_MODEL.value, step=_STEP.value)
     except UserError as error:
         raise UserError(f"--model: {error}") from error
 
-    opening = _opening(folder, tokenizer, tokenizer_path)
-    ids = [opening + tokenizer.encode(prompt, parse_special=True) or [tokenizer.bos_id] for prompt in prompts]
-    sampling = [_fit(wanted, len(each), config.max_length) for each in ids]
-    generator = Generator(config, params, stop_ids=_stop_ids(folder, tokenizer), dtype=dtype)
+    ids = [model.encode(prompt) for prompt in prompts]
+    sampling = [_fit(wanted, len(each), model.config.max_length) for each in ids]
+    generator = Generator(model.config, model.params, stop_ids=model.stop_ids, dtype=serving_dtype())
     try:
-        _print_completions(generator, tokenizer, prompts, ids, sampling)
+        _print_completions(generator, model.tokenizer, prompts, ids, sampling)
     except BrokenPipeError:  # the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -154,31 +143,6 @@ def _fit(sampling: SamplingParams, length: int, longest: int) -> SamplingParams:
         )
     _note(f"note: writing at most {room} tokens, to the model's longest sequence, {longest}")
     return dataclasses.replace(sampling, max_tokens=room)
-
-
-def _opening(folder: Path, tokenizer: Tokenizer, tokenizer_path: Path) -> list[int]:
-    """The tokens that every text began with in training."""
-    experiment = folder / "experiment.json"
-    if experiment.is_file() and "data" in json.loads(experiment.read_text(encoding="utf-8")):
-        return [tokenizer.bos_id]  # as ml.data packs documents
-    # A model from elsewhere: its tokenizer says what it puts before a text.
-    model = tokenizers.Tokenizer.from_file(str(tokenizer_path))
-    bare, whole = (model.encode("a", add_special_tokens=special).ids for special in (False, True))
-    starts = [i for i in range(len(whole)) if whole[i : i + len(bare)] == bare]
-    return whole[: starts[0]] if starts else []
-
-
-def _stop_ids(folder: Path, tokenizer: Tokenizer) -> set[int]:
-    """End of text, and what a Hugging Face folder adds to it (the end of a turn, for chat models)."""
-    path = folder / "generation_config.json"
-    more = None
-    if path.is_file():
-        try:
-            more = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        except (ValueError, AttributeError) as error:
-            raise UserError(f"--model: {path} is not a JSON object ({error}): mend or remove it") from error
-    more = more if isinstance(more, list) else [more]
-    return {tokenizer.eos_id, *(each for each in more if isinstance(each, int))}
 
 
 def _shortened(prompt: str) -> str:

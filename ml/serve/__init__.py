@@ -4,7 +4,7 @@ from ml.serve.cached_attention import PagedAttention, PrefillAttention, empty_ca
 from ml.serve.engine import Engine, EngineConfig
 from ml.serve.generation import Completion, Generator
 from ml.serve.sampling import SamplingParams
-from ml.serve.text_stream import TextStream
+from ml.serve.text import ServedModel, StoppableText, TextStream
 
 __all__ = [
     "Completion",
@@ -14,6 +14,8 @@ __all__ = [
     "PagedAttention",
     "PrefillAttention",
     "SamplingParams",
+    "ServedModel",
+    "StoppableText",
     "TextStream",
     "empty_cache",
 ]

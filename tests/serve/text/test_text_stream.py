@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from ml.serve.text_stream import TextStream
+from ml.serve.text.text_stream import TextStream
 
 TEXT = "naïve €uro 漢字 👩‍👩‍👧 e\u0301 \N{REPLACEMENT CHARACTER} ok 🎉"
 
