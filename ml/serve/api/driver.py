@@ -3,6 +3,7 @@
 import asyncio
 import collections
 import dataclasses
+import functools
 import itertools
 import logging
 import threading
@@ -106,35 +107,49 @@ class Driver:
         self._thread.start()
 
     async def submit(self, prompt: Sequence[int], sampling: SamplingParams) -> Stream:
-        """Hands a request to the engine; returns when that has accepted it.
+        """Hands one request to the engine; see `submit_all`."""
+        (stream,) = await self.submit_all([prompt], [sampling])
+        return stream
 
-        A request with several samples may pass ``capacity`` by all but one of them.
+    async def submit_all(
+        self, prompts: Sequence[Sequence[int]], sampling: Sequence[SamplingParams]
+    ) -> list[Stream]:
+        """Hands requests to the engine, all or none; returns when that has accepted them.
+
+        ``capacity`` may be passed once: what is submitted while there is a place comes in whole.
+
+        Returns:
+          A stream for each, with one event for all.
 
         Raises:
-          UserError: the engine refuses the request.
+          UserError: the engine refuses a request.
           QueueFull: as many as ``capacity`` are unfinished.
           Draining: `drain` was called.
           RequestError: the engine has broken down.
         """
-        name = f"r{next(self._names)}"
-        stream = Stream(name, sampling.n, len(prompt), lambda index: self._post(lambda touched: self._drop(name, index, touched)))
+        event = asyncio.Event()
+        streams = [self._stream(len(prompt), each.n, event) for prompt, each in zip(prompts, sampling, strict=True)]
         with self._condition:
-            if self._draining:
-                raise Draining
             if self._broken is not None:
                 raise RequestError("the engine has broken down") from self._broken
+            if self._draining:
+                raise Draining
             if self._open >= self.capacity:
                 raise QueueFull
-            self._open += stream.samples
             begin = time.monotonic()
-            self._inbox.append(lambda touched: self._add(stream, prompt, sampling, begin))
+            for stream, prompt, each in zip(streams, prompts, sampling, strict=True):
+                self._open += stream.samples
+                self._inbox.append(functools.partial(self._add, stream, prompt, each, begin))
             self._condition.notify()
         try:
-            await stream.admitted
-        except asyncio.CancelledError:
-            stream.cancel()
+            for stream in streams:
+                await stream.admitted
+        except BaseException:
+            for stream in streams:
+                stream.admitted.cancel()
+                stream.cancel()
             raise
-        return stream
+        return streams
 
     async def drain(self, seconds: float) -> bool:
         """Takes no more requests, lets those that run end, and stops the thread.
@@ -156,6 +171,12 @@ class Driver:
             self._condition.notify()
         await asyncio.to_thread(self._thread.join)
         return clean
+
+    def _stream(self, length: int, samples: int, event: asyncio.Event) -> Stream:
+        name = f"r{next(self._names)}"
+        return Stream(
+            name, samples, length, lambda index: self._post(functools.partial(self._drop, name, index)), event
+        )
 
     # What follows runs in the engine's thread.
 
@@ -200,7 +221,9 @@ class Driver:
             self._inbox.append(command)
             self._condition.notify()
 
-    def _add(self, stream: Stream, prompt: Sequence[int], sampling: SamplingParams, begin: float) -> None:
+    def _add(
+        self, stream: Stream, prompt: Sequence[int], sampling: SamplingParams, begin: float, _: set[Stream]
+    ) -> None:
         answer: Exception | None = None
         if self._closing or self._broken is not None:
             answer = RequestError("the server ended before the request began")

@@ -36,7 +36,14 @@ class Stream(AsyncIterator[Delta]):
     nor loses a token, and costs no more than the text itself.
     """
 
-    def __init__(self, request_id: str, samples: int, prompt_tokens: int, cancel: Callable[[int | None], None]):
+    def __init__(
+        self,
+        request_id: str,
+        samples: int,
+        prompt_tokens: int,
+        cancel: Callable[[int | None], None],
+        event: asyncio.Event | None = None,
+    ):
         """Belongs to the running event loop.
 
         Args:
@@ -44,6 +51,7 @@ class Stream(AsyncIterator[Delta]):
           samples: how many end before the stream ends.
           prompt_tokens: length of the prompt.
           cancel: tells the engine that a sample (``None``: that everything) is no longer wanted.
+          event: set when there is news; several streams may have one together.
         """
         self.request_id, self.samples, self.prompt_tokens = request_id, samples, prompt_tokens
         self.loop = asyncio.get_running_loop()
@@ -53,23 +61,34 @@ class Stream(AsyncIterator[Delta]):
         self._news: dict[int, Delta] = {}
         self._ended: set[int] = set()
         self._error: Exception | None = None
-        self._event = asyncio.Event()
+        self.event = asyncio.Event() if event is None else event
         self._told = False  # whether the loop knows of what is there
 
     # In the event loop.
 
     async def __anext__(self) -> Delta:
         while True:
-            with self._lock:
-                if self._news:
-                    return self._news.pop(next(iter(self._news)))
-                if self._error is not None:
-                    raise self._error
-                if len(self._ended) == self.samples:
-                    raise StopAsyncIteration
-                self._told = False
-                self._event.clear()
-            await self._event.wait()
+            self.event.clear()
+            done = self.done  # before looking: what comes later wakes us
+            if (delta := self.take()) is not None:
+                return delta
+            if done:
+                raise StopAsyncIteration
+            await self.event.wait()
+
+    def take(self) -> Delta | None:
+        """What is there, of one sample; ``None``: nothing. Clear `event` before looking.
+
+        Raises:
+          RequestError: the request failed, and all that came before has been taken.
+        """
+        with self._lock:
+            if self._news:
+                return self._news.pop(next(iter(self._news)))
+            if self._error is not None:
+                raise self._error
+            self._told = False
+            return None
 
     def cancel(self, index: int | None = None) -> None:
         """Wants no more of a sample, or of all; what has ended is left alone. Pages are free with the next step."""
@@ -80,7 +99,7 @@ class Stream(AsyncIterator[Delta]):
 
     def wake(self) -> None:
         """Lets the reader look."""
-        self._event.set()
+        self.event.set()
 
     @property
     def done(self) -> bool:
