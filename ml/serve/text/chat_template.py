@@ -25,7 +25,7 @@ class ChatTemplate:
         """Nothing is compiled yet.
 
         Args:
-          templates: Jinja sources by name; ``default`` is used, or ``tool_use``, where there is one and tools are given.
+          templates: Jinja sources by name; ``default`` is used, or ``tool_use`` where there is one and tools are given.
           special_tokens: what templates may name: ``bos_token``, ``eos_token`` and so on.
           where: the file, for messages.
         """
@@ -131,7 +131,7 @@ class _Refusal(jinja2.TemplateError):
 
 
 class _Generation(jinja2.ext.Extension):
-    """``{% generation %} ... {% endgeneration %}`` marks what the assistant wrote, for training; here just a bracket."""
+    """``{% generation %} ... {% endgeneration %}`` marks the assistant's words for training; here a mere bracket."""
 
     tags = {"generation"}  # noqa: RUF012 - as Jinja declares it
 

@@ -95,7 +95,7 @@ class ServedModel:
         if self.chat_template is None:
             raise UserError(
                 f"messages: the model {self.name!r} has no chat template (no chat_template.jinja, and none in "
-                "tokenizer_config.json): give one with --chat_template=FILE, or send the text as a prompt for completion"
+                "tokenizer_config.json): give one with --chat_template=FILE, or send a prompt for completion"
             )
         # What a template writes begins with the opening tokens where the model wants them.
         text = self.chat_template.render(messages, tools, add_generation_prompt, **more)

@@ -37,7 +37,7 @@ def test_a_training_run_opens_texts_as_it_was_trained(root):
     assert model.opening == [model.tokenizer.bos_id]
     assert model.encode("Äpfel") == [model.tokenizer.bos_id, *model.tokenizer.encode("Äpfel")]
     assert model.stop_ids == {model.tokenizer.eos_id}
-    with pytest.raises(UserError, match="'run' has no chat template.*--chat_template=FILE"):
+    with pytest.raises(UserError, match=r"'run' has no chat template.*--chat_template=FILE"):
         model.encode_chat([{"role": "user", "content": "x"}])
 
 
