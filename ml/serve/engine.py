@@ -20,6 +20,7 @@ from ml.serve.scheduling.policies import Fifo, LongestPrefix
 from ml.serve.scheduling.request import FinishReason, Request
 from ml.serve.scheduling.request import Sequence as Sample
 from ml.serve.scheduling.scheduler import Scheduler
+from ml.serve.scheduling.statistics import Load
 from ml.serve.scheduling.step import Update
 from pallas_kernels.paged_attention import Implementation
 from pallas_kernels.paged_attention.core import resolve
@@ -60,16 +61,6 @@ class EngineConfig:
     cache_dtype: Any = None
     invariant: bool = False
     implementation: Implementation = "auto"
-
-
-@dataclasses.dataclass(frozen=True)
-class Load:
-    """Of an engine: sequences that run and that wait, pages that sequences hold, and how many pages there are."""
-
-    running: int
-    waiting: int
-    held_pages: int
-    pages: int
 
 
 class Engine:

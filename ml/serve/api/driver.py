@@ -111,9 +111,7 @@ class Driver:
         (stream,) = await self.submit_all([prompt], [sampling])
         return stream
 
-    async def submit_all(
-        self, prompts: Sequence[Sequence[int]], sampling: Sequence[SamplingParams]
-    ) -> list[Stream]:
+    async def submit_all(self, prompts: Sequence[Sequence[int]], sampling: Sequence[SamplingParams]) -> list[Stream]:
         """Hands requests to the engine, all or none; returns when that has accepted them.
 
         ``capacity`` may be passed once: what is submitted while there is a place comes in whole.

@@ -1,4 +1,4 @@
-"""What the scheduler counts."""
+"""What the scheduler counts, and what it holds."""
 
 import dataclasses
 
@@ -24,3 +24,13 @@ class Statistics:
     decoded: int = 0
     preemptions: int = 0
     peak_pages: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """At one moment: sequences that run and that wait, pages that sequences hold, and how many pages there are."""
+
+    running: int
+    waiting: int
+    held_pages: int
+    pages: int

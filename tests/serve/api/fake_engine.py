@@ -69,9 +69,7 @@ class FakeEngine:
             reason = None if sample.left else FinishReason.LENGTH
             if sample.request.id in self.fail:
                 reason = FinishReason.FAILED
-            updates.append(
-                (types.SimpleNamespace(sequence=sample, tokens=(sample.drawn,), finish_reason=reason), None)
-            )
+            updates.append((types.SimpleNamespace(sequence=sample, tokens=(sample.drawn,), finish_reason=reason), None))
             sample.drawn += 1
             if reason:
                 self._forget(sample)
