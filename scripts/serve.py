@@ -76,7 +76,7 @@ def main() -> None:
             max_running=_MAX_RUNNING.value,
             token_budget=_TOKEN_BUDGET.value,
             decode_steps=_DECODE_STEPS.value,
-            schedule=_SCHEDULE.value,
+            schedule="prefix" if _SCHEDULE.value == "prefix" else "fifo",
             dtype=dtype,
             cache_dtype=_CACHE_DTYPE.value,
         ),
@@ -88,7 +88,7 @@ def main() -> None:
         api_key=_API_KEY.value or os.environ.get("MEGABATCH_API_KEY") or None,
         request_timeout=_TIMEOUT.value,
         max_body=_MAX_BODY.value * 2**20,
-        pooling=_POOLING.value,
+        pooling="last" if _POOLING.value == "last" else "mean",
     )
     app = create_app(model, engine, settings, capacity=_MAX_RUNNING.value + _MAX_QUEUE.value)
     host, port = bound.getsockname()[:2]

@@ -111,9 +111,9 @@ class BatchJobs:
     async def _run(self, job: Job, file: StoredFile) -> None:
         outputs = {name: self._store.new(f"{job.id}_{name}.jsonl", "batch_output") for name in ("output", "error")}
         with contextlib.ExitStack() as stack:
-            sinks = {
-                name: stack.enter_context(open(each.path, "w", encoding="utf-8")) for name, each in outputs.items()
-            }
+            sinks: dict[str, IO[str]] = {}
+            for name, each in outputs.items():
+                sinks[name] = stack.enter_context(open(each.path, "w", encoding="utf-8"))
             try:
                 lines = await asyncio.to_thread(_read, file, job)
                 job.total = len(lines)
@@ -168,7 +168,8 @@ class BatchJobs:
 
 def _read(file: StoredFile, job: Job) -> list[dict[str, Any]]:
     """The lines of a batch; what is wrong with them goes to ``job.errors``."""
-    lines, names = [], set()
+    lines: list[dict[str, Any]] = []
+    names: set[str] = set()
 
     def complain(number: int, code: str, message: str) -> None:
         if len(job.errors) < 100:

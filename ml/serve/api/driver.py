@@ -313,7 +313,12 @@ def _wake(streams: Iterable[Stream]) -> None:
     for stream in streams:
         loops.setdefault(stream.loop, []).append(stream)
     for loop, those in loops.items():
-        _soon(loop, lambda those=those: [stream.wake() for stream in those])
+        _soon(loop, functools.partial(_wake_here, those))
+
+
+def _wake_here(streams: Iterable[Stream]) -> None:
+    for stream in streams:
+        stream.wake()
 
 
 def _soon(loop: asyncio.AbstractEventLoop, call: Callable[[], Any]) -> None:

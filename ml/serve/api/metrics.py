@@ -18,7 +18,7 @@ _WHOLE = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _compilations = 0
 
 
-def _count_compilation(event: str, duration: float, **_: object) -> None:
+def _count_compilation(event: str, duration_secs: float, **_: str | int) -> None:
     global _compilations
     _compilations += event == "/jax/core/compile/backend_compile_duration"
 

@@ -103,7 +103,7 @@ class Server:
         if len(many) > 2048:
             raise FieldError("input", f"has {len(many)} texts; at most 2048")
         last, longest = self.model.config.vocab_size - 1, self.model.config.max_length
-        texts = []
+        texts: list[list[int]] = []
         for each in many:
             if isinstance(each, str):
                 ids = self.model.encode(fields.unicode("input", each))

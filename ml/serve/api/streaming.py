@@ -31,7 +31,7 @@ class Chunks:
 
     def of(self, choices: list[dict[str, Any]], counts: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """A chunk with ``choices``."""
-        chunk = {**self._common, "choices": choices}
+        chunk: dict[str, Any] = {**self._common, "choices": choices}
         if self._usage:
             chunk["usage"] = counts
         return chunk
