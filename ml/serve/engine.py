@@ -62,6 +62,16 @@ class EngineConfig:
     implementation: Implementation = "auto"
 
 
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """Of an engine: sequences that run and that wait, pages that sequences hold, and how many pages there are."""
+
+    running: int
+    waiting: int
+    held_pages: int
+    pages: int
+
+
 class Engine:
     """Continues prompts with one model: continuous batching over a paged cache that shares prefixes.
 
@@ -156,9 +166,26 @@ class Engine:
         self._sampling[name] = sampling
         return samples
 
-    def cancel(self, request_id: str) -> list[Update]:
-        """Ends a request; the next step has its pages."""
-        return self._scheduler.cancel(request_id)
+    @property
+    def load(self) -> Load:
+        """What runs now."""
+        scheduler = self._scheduler
+        pool = scheduler.memory.pool
+        return Load(len(scheduler.running), len(scheduler.waiting), scheduler.memory.held, pool.total)
+
+    def cancel(self, request_id: str, index: int | None = None) -> list[Update]:
+        """Ends a request, or one sample of it; the next step has its pages."""
+        return self._scheduler.cancel(request_id, index=index)
+
+    def reset(self) -> None:
+        """Ends all requests and makes the cache anew: after a step failed, nothing on the device is to be trusted."""
+        for name in list(self._sampling):
+            self.cancel(name)
+        self._in_flight.clear()
+        self._sampling.clear()
+        self._begun.clear()
+        self._scheduler.reset()
+        self._runner.reset()
 
     def step(self) -> list[tuple[Update, list[TokenLogprobs] | None]]:
         """Sends the next step to the device and takes in the results of the one before it, while the device works.

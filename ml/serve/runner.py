@@ -108,10 +108,16 @@ class Runner:
         """Allocates the cache; ``params`` are kept as they are."""
         self.config = config
         self._model, self._params = model, params
+        self._width = -(-config.max_length // config.page_size)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all sequences; the cache is a new one."""
+        config, model = self.config, self._model
+        self._state: Any = None  # the old cache goes first: there is no room for two
         dtype = model.dtype if config.cache_dtype is None else config.cache_dtype
         cache = empty_cache(model.config, config.pages, config.page_size, dtype)
         self._state = _State(cache, jnp.zeros(config.max_running, jnp.int32))
-        self._width = -(-config.max_length // config.page_size)
         self._of_slot: dict[int, SamplingParams] = {}
 
     @property

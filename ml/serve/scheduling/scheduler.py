@@ -82,9 +82,15 @@ class Scheduler:
         self._requests[request.id] = sequences
         return sequences
 
-    def cancel(self, request_id: str, reason: FinishReason = FinishReason.CANCELLED) -> list[Update]:
-        """Ends a request; the next step has its pages. An id that is not known (any more) is no error."""
-        return [self.finish(s, reason) for s in self._requests.get(request_id, ()) if not s.done]
+    def cancel(
+        self, request_id: str, reason: FinishReason = FinishReason.CANCELLED, index: int | None = None
+    ) -> list[Update]:
+        """Ends a request, or one sample of it; the next step has its pages.
+
+        An id that is not known (any more) is no error.
+        """
+        samples = [s for s in self._requests.get(request_id, ()) if not s.done and index in (None, s.index)]
+        return [self.finish(s, reason) for s in samples]
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> Update:
         """Ends a sequence for a reason that only the caller sees: a stop string, a failure."""
