@@ -1,7 +1,9 @@
 """An offline job: the requests of a file through an engine, each answered by a line of another file."""
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable
+import signal
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +11,15 @@ import rich.console
 
 from ml.errors import UserError
 from ml.serve.batch.input_file import InputFile
-from ml.serve.batch.lines import LineError, answer_line, default_seed, digest_of, error_line
+from ml.serve.batch.lines import LINE_BEGINNING, LineError, answer_line, default_seed, digest_of, error_line
 from ml.serve.batch.output_file import OutputFile
 from ml.serve.batch.progress import Counts, Progress, hit_share
-from ml.serve.engine import Engine
-from ml.serve.scheduling.request import FinishReason
+from ml.serve.batch.sizing import cache_tokens
+from ml.serve.engine import Engine, EngineConfig
+from ml.serve.sampling import TokenLogprobs
+from ml.serve.scheduling.request import FinishReason, Sequence
 from ml.serve.scheduling.statistics import Statistics
+from ml.serve.scheduling.step import Update
 from ml.serve.text.answers import SampleText, answer
 from ml.serve.text.fields import FieldError
 from ml.serve.text.requests import TextRequest, check_model, reader
@@ -42,15 +47,14 @@ class JobResult:
 
 
 @dataclasses.dataclass(eq=False)
-class _Running:
-    """A line that the engine works on."""
+class _Line:
+    """A line that the engine works on: its samples, and of each prompt the first of them as the engine knows it."""
 
     index: int
     custom_id: str
     request: TextRequest
-    names: list[str]
+    firsts: list[Sequence]
     samples: list[SampleText] = dataclasses.field(default_factory=list)
-    sequences: list[Any] = dataclasses.field(default_factory=list)
     ended: int = 0
     failed: bool = False
 
@@ -78,12 +82,38 @@ class Job:
             raise UserError(f"--output={output}: input, output and errors must be different files")
         self._model = model
         self._input = InputFile(source)
-        self._outputs = [OutputFile(path) for path in (output, errors) if path is not None]
-        self._todo = self._undone()
+        self._outputs: list[OutputFile] = []
+        try:
+            for path in (output, errors):
+                if path is not None:
+                    self._outputs.append(OutputFile(path, LINE_BEGINNING))
+            self._todo = self._undone()
+        except UserError:
+            self.close()
+            raise
         self.counts = Counts(len(self._input), before=len(self._input) - len(self._todo))
 
+    def engine_config(self, **settings: Any) -> EngineConfig:
+        """What suits the job on this machine: a cache as large as there is room for, if so much is needed.
+
+        Args:
+          **settings: of `EngineConfig`; they come first.
+        """
+        chosen = EngineConfig(**settings)
+        if chosen.cache_tokens is not None:
+            return chosen
+        longest = chosen.max_length or self._model.config.max_length
+        dtype = chosen.dtype if chosen.cache_dtype is None else chosen.cache_dtype
+        tokens = cache_tokens(self._model.config, dtype, longest, chosen.max_running)
+        return dataclasses.replace(chosen, cache_tokens=tokens)
+
     def run(
-        self, engine: Engine, *, seed: int = 0, window: int | None = _WINDOW, console: rich.console.Console | None = None
+        self,
+        engine: Engine,
+        *,
+        seed: int = 0,
+        window: int | None = _WINDOW,
+        console: rich.console.Console | None = None,
     ) -> JobResult:
         """Answers what is left. An interrupt (Ctrl-C) ends it with all that is finished kept.
 
@@ -94,13 +124,14 @@ class Job:
           console: where progress is shown; ``None``: standard error.
         """
         self._engine, self._seed = engine, seed
-        self._running: dict[int, tuple[_Running, int]] = {}  # by sequence: its line, and the number of its sample
+        self._samples: dict[int, tuple[_Line, SampleText]] = {}  # by the id of the engine's sequence
         self._open = 0
         interrupted = False
         with Progress(self.counts, engine.statistics, console) as progress:
             self._progress = progress
             for output in self._outputs:
-                if output.dropped:
+                if output.torn:
+                    output.mend()
                     progress.note(f"{output.path}: the last line was incomplete and is answered anew")
             if self.counts.before:
                 progress.note(f"{self.counts.before:,} of {self.counts.total:,} requests were done before")
@@ -109,12 +140,16 @@ class Job:
             except KeyboardInterrupt:
                 interrupted = True
             finally:
-                for output in self._outputs:
-                    output.close()
-                self._input.close()
+                self.close()
         result = JobResult(self.counts, engine.statistics, progress.seconds, interrupted)
         progress.note(_summary(result, [output.path for output in self._outputs]))
         return result
+
+    def close(self) -> None:
+        """Closes the files, with all that was written on the disk; `run` does so at its end."""
+        for output in self._outputs:
+            output.close()
+        self._input.close()
 
     def _undone(self) -> list[int]:
         places = {digest: index for index, digest in enumerate(self._input.digests)}
@@ -130,8 +165,8 @@ class Job:
                 body = (record.get("response") or {}).get("body") or {}
                 if body.get("model", self._model.name) != self._model.name:
                     raise UserError(
-                        f"{output.path}:{number}: was written by the model {body['model']!r}, not {self._model.name!r}: "
-                        "choose another output, or remove this one"
+                        f"{output.path}:{number}: was written by the model {body['model']!r}, and this is "
+                        f"{self._model.name!r}: choose another output, or remove this one"
                     )
                 done.add(places[digest])
         return [index for index in range(len(self._input)) if index not in done]
@@ -159,70 +194,63 @@ class Job:
             check_model(line.body, self._model)
             if line.body.get("stream"):
                 raise FieldError("stream", "must be false in a batch: answers come as a whole")
-            request = read(line.body, self._model, seed=default_seed(name, self._seed))
-            running = _Running(index, name, request, [])
-            self._add(running)
+            longest = self._engine.engine.max_length
+            request = read(line.body, self._model, max_length=longest, seed=default_seed(name, self._seed))
+            self._add(index, name, request)
         except UserError as error:
             if isinstance(error, LineError):
                 name = error.custom_id
             self._fail(index, name, error)
 
-    def _add(self, running: _Running) -> None:
-        request = running.request
+    def _add(self, index: int, custom_id: str, request: TextRequest) -> None:
+        sequences: list[Sequence] = []
         try:
             for number, (prompt, sampling) in enumerate(zip(request.prompts, request.sampling, strict=True)):
-                name = f"{running.index}.{number}"
-                sequences = self._engine.add(prompt, sampling, name)
-                running.names.append(name)
-                for sequence in sequences:
-                    running.samples.append(SampleText(self._model, request, number, sequence.index))
-                    running.sequences.append(sequence)
+                sequences += self._engine.add(prompt, sampling, f"{index}.{number}")
         except UserError:
-            for name in running.names:
-                self._engine.cancel(name)
+            for sequence in sequences:
+                self._engine.cancel(sequence.request.id)
             raise
-        for number, sequence in enumerate(running.sequences):
-            self._running[id(sequence)] = (running, number)
+        # Many prompts may wait: the engine has them already, in an eighth of the room that lists take.
+        firsts = [sequence for sequence in sequences if sequence.index == 0]
+        request = dataclasses.replace(request, prompts=tuple(sequence.request.tokens for sequence in firsts))
+        line = _Line(index, custom_id, request, firsts)
+        for sequence in sequences:
+            sample = SampleText(self._model, request, int(sequence.request.id.partition(".")[2]), sequence.index)
+            line.samples.append(sample)
+            self._samples[id(sequence)] = (line, sample)
         self._open += 1
 
-    def _take(self, update: Any, logprobs: Any) -> None:
-        running, number = self._running.get(id(update.sequence), (None, 0))
-        if running is None:
+    def _take(self, update: Update, logprobs: list[TokenLogprobs] | None) -> None:
+        line, sample = self._samples.get(id(update.sequence), (None, None))
+        if line is None or sample is None:
             return  # it has ended here before the engine heard of that
-        sample = running.samples[number]
-        tokens = list(update.tokens)
-        if update.finish_reason is FinishReason.STOP:
-            tokens = tokens[:-1]
+        stop_token = update.finish_reason is FinishReason.STOP
         before = len(sample.tokens)
-        sample.push(tokens, logprobs)
+        sample.push(update.tokens[:-1] if stop_token else update.tokens, logprobs)
         self.counts.written += len(sample.tokens) - before
         if update.finish_reason is not None:
             sample.end(update.finish_reason)
-            running.failed |= sample.finish_reason is None
+            line.failed |= sample.finish_reason is None
         elif sample.stopped:
-            self._engine.cancel(running.names[sample.prompt], sample.index)
+            self._engine.cancel(update.sequence.request.id, update.sequence.index)
         else:
             return
-        del self._running[id(update.sequence)]
-        running.ended += 1
-        if running.ended == len(running.samples):
-            self._finish(running)
+        del self._samples[id(update.sequence)]
+        line.ended += 1
+        if line.ended == len(line.samples):
+            self._finish(line)
 
-    def _finish(self, running: _Running) -> None:
+    def _finish(self, line: _Line) -> None:
         self._open -= 1
-        if running.failed:
+        digest = self._input.digests[line.index]
+        if line.failed:
             error = UserError("the engine could not go on with this request; the others were not touched")
-            self._fail(running.index, running.custom_id, error, status=500)
+            self._fail(line.index, line.custom_id, error, status=500)
             return
-        first = [s for s in running.sequences if s.index == 0]
-        body = answer(
-            self._input.digests[running.index].hex(),
-            self._model,
-            running.request,
-            running.samples,
-            [sequence.cached for sequence in first],
-        )
-        self._outputs[0].append(answer_line(self._input.digests[running.index], running.custom_id, body))
+        cached = [sequence.cached for sequence in line.firsts]
+        body = answer(digest.hex(), self._model, line.request, line.samples, cached)
+        self._outputs[0].append(answer_line(digest, line.custom_id, body))
         self.counts.answered += 1
 
     def _fail(self, index: int, custom_id: str | None, error: UserError, status: int = 400) -> None:
@@ -230,6 +258,20 @@ class Job:
         self._outputs[-1].append(error_line(self._input.digests[index], custom_id, error, where, status))
         self.counts.failed += 1
         self._progress.error(f"{where}: {error}")
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """While it lasts, SIGTERM interrupts as Ctrl-C does."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _summary(result: JobResult, paths: Iterable[Path]) -> str:

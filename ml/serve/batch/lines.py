@@ -10,6 +10,10 @@ from ml.serve.text.fields import FieldError
 
 _EXPECTED = '{"custom_id": "...", "method": "POST", "url": "/v1/chat/completions", "body": {...}}'
 
+_ID = "batch_req_"
+# Of every line of an output.
+LINE_BEGINNING = f'{{"id": "{_ID}'.encode()
+
 
 class LineError(UserError):
     """A line is no request.
@@ -97,16 +101,16 @@ def error_line(digest: bytes, custom_id: str | None, error: Exception, where: st
 
 
 def _line(digest: bytes, custom_id: str | None, response: Any, error: Any) -> dict[str, Any]:
-    return {"id": f"batch_req_{digest.hex()}", "custom_id": custom_id, "response": response, "error": error}
+    return {"id": f"{_ID}{digest.hex()}", "custom_id": custom_id, "response": response, "error": error}
 
 
 def digest_of(record: Any) -> bytes | None:
     """The digest in a line of an output; ``None``: the line is of another kind."""
     name = record.get("id") if isinstance(record, dict) else None
-    if not isinstance(name, str) or not name.startswith("batch_req_"):
+    if not isinstance(name, str) or not name.startswith(_ID):
         return None
     try:
-        return bytes.fromhex(name.removeprefix("batch_req_"))
+        return bytes.fromhex(name.removeprefix(_ID))
     except ValueError:
         return None
 

@@ -11,19 +11,26 @@ from typing import Any
 from ml.errors import UserError
 
 _SYNC_SECONDS = 5.0
+_BLOCK = 1 << 16
 
 
 class OutputFile:
-    """Appends records as lines of JSON. One process at a time; what a torn write left behind is dropped."""
+    """Appends records as lines of JSON. One process at a time.
 
-    def __init__(self, path: Path):
-        """Opens or creates the file, and drops an incomplete last line.
+    A torn write leaves an incomplete last line, which counts for nothing and which `mend` drops.
+    """
+
+    def __init__(self, path: Path, beginning: bytes):
+        """Opens or creates the file; changes nothing that is in it.
+
+        Args:
+          path: of the file.
+          beginning: of every line that is written here: an incomplete line that does not begin so is someone else's.
 
         Raises:
-          UserError: it cannot be written, or another process is writing it.
+          UserError: it cannot be written, another process is writing it, or its last line is someone else's.
         """
         self.path = path
-        self.dropped = 0
         self._synced = time.monotonic()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -35,16 +42,27 @@ class OutputFile:
         except BlockingIOError:
             os.close(self._descriptor)
             raise UserError(f"{path}: another job is writing it; wait for that, or choose another file") from None
-        self._drop_torn_line()
+        self._end = self._last_line_end()
+        torn = os.pread(self._descriptor, len(beginning), self._end)
+        if not beginning.startswith(torn):
+            os.close(self._descriptor)
+            raise UserError(f"{path}: the last line is no answer to a batch, so this is another file: choose another")
+
+    @property
+    def torn(self) -> bool:
+        """Whether the last line is incomplete."""
+        return self._end < os.fstat(self._descriptor).st_size
 
     def records(self) -> Iterator[tuple[int, Any]]:
-        """Line numbers and records that are there already.
+        """Line numbers and records of the whole lines that are there already.
 
         Raises:
           UserError: a line is not JSON.
         """
         with self.path.open("rb") as file:
             for number, raw in enumerate(file, start=1):
+                if not raw.endswith(b"\n"):
+                    return
                 try:
                     yield number, json.loads(raw)
                 except ValueError as error:
@@ -52,6 +70,11 @@ class OutputFile:
                         f"{self.path}:{number}: is not JSON ({error}), so this is no output of a batch, or a damaged "
                         "one: choose another file, or remove that line"
                     ) from error
+
+    def mend(self) -> None:
+        """Drops an incomplete last line."""
+        if self.torn:
+            os.ftruncate(self._descriptor, self._end)
 
     def append(self, record: Any) -> None:
         """Adds a line, in one piece; now and then makes sure that it is on the disk."""
@@ -71,16 +94,13 @@ class OutputFile:
         self.sync()
         os.close(self._descriptor)
 
-    def _drop_torn_line(self) -> None:
-        size = end = os.fstat(self._descriptor).st_size
-        block = 1 << 16
+    def _last_line_end(self) -> int:
+        """Where the last whole line ends."""
+        end = os.fstat(self._descriptor).st_size
         while end:
-            start = max(0, end - block)
+            start = max(0, end - _BLOCK)
             found = os.pread(self._descriptor, end - start, start).rfind(b"\n")
             if found >= 0:
-                end = start + found + 1
-                break
+                return start + found + 1
             end = start
-        self.dropped = size - end
-        if self.dropped:
-            os.ftruncate(self._descriptor, end)
+        return 0
