@@ -17,7 +17,7 @@ from app import run
 from ml.checkpoint.pretrained import load_model
 from ml.data.tokenizer import Tokenizer, check_vocab
 from ml.errors import UserError
-from ml.serve import Completion, Generator, SamplingParams, TextStream
+from ml.serve import Completion, Engine, EngineConfig, SamplingParams, TextStream
 
 USAGE = """Continues text with a model: the work directory of a training run, or a Hugging Face folder with tokenizer.
 Only the completion goes to stdout; several prompts run as a batch, and their completions follow in order.
@@ -59,15 +59,17 @@ def main() -> None:
     opening = _opening(folder, tokenizer, tokenizer_path)
     ids = [opening + tokenizer.encode(prompt, parse_special=True) or [tokenizer.bos_id] for prompt in prompts]
     sampling = [_fit(wanted, len(each), config.max_length) for each in ids]
-    generator = Generator(config, params, stop_ids=_stop_ids(folder, tokenizer), dtype=dtype)
+    lengths = [len(each) + asked.max_tokens for each, asked in zip(ids, sampling, strict=True)]
+    settings = EngineConfig.for_job(lengths, config.max_length, dtype=dtype)
+    engine = Engine(config, params, settings, stop_ids=_stop_ids(folder, tokenizer))
     try:
-        _print_completions(generator, tokenizer, prompts, ids, sampling)
+        _print_completions(engine, tokenizer, prompts, ids, sampling)
     except BrokenPipeError:  # the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _print_completions(
-    generator: Generator,
+    engine: Engine,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     ids: Sequence[list[int]],
@@ -85,7 +87,7 @@ def _print_completions(
         texts[index] += new
 
     start = time.perf_counter()
-    completions = generator.generate(ids, sampling, on_tokens)
+    completions = [completion for (completion,) in engine.generate(ids, sampling, on_tokens)]
     for index, stream in enumerate(streams):
         if len(ids) > 1:
             _note(f"--- {index + 1} of {len(ids)}: {_shortened(prompts[index])}")
