@@ -12,7 +12,7 @@ from app import run
 
 from ml.data.tokenizer import Tokenizer
 from ml.errors import UserError
-from ml.serve import Completion, Engine, Generator, SamplingParams, ServedModel, TextStream
+from ml.serve import Completion, Engine, EngineConfig, SamplingParams, ServedModel, TextStream
 from ml.serve.batch import Job
 from ml.serve.batch.job import terminable
 from ml.serve.text.served_model import serving_dtype
@@ -56,9 +56,11 @@ def main() -> None:
     model = _load()
     ids = [model.encode(prompt) for prompt in prompts]
     sampling = [_fit(wanted, len(each), model.config.max_length) for each in ids]
-    generator = Generator(model.config, model.params, stop_ids=model.stop_ids, dtype=serving_dtype())
+    lengths = [len(each) + asked.max_tokens for each, asked in zip(ids, sampling, strict=True)]
+    settings = EngineConfig.for_job(lengths, model.config.max_length, dtype=serving_dtype())
+    engine = Engine(model.config, model.params, settings, stop_ids=model.stop_ids)
     try:
-        _print_completions(generator, model.tokenizer, prompts, ids, sampling)
+        _print_completions(engine, model.tokenizer, prompts, ids, sampling)
     except BrokenPipeError:  # the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -97,7 +99,7 @@ def _answer_file(model: ServedModel) -> None:
 
 
 def _print_completions(
-    generator: Generator,
+    engine: Engine,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     ids: Sequence[list[int]],
@@ -115,7 +117,7 @@ def _print_completions(
         texts[index] += new
 
     start = time.perf_counter()
-    completions = generator.generate(ids, sampling, on_tokens)
+    completions = [completion for (completion,) in engine.generate(ids, sampling, on_tokens)]
     for index, stream in enumerate(streams):
         if len(ids) > 1:
             _note(f"--- {index + 1} of {len(ids)}: {_shortened(prompts[index])}")

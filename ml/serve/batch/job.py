@@ -15,7 +15,8 @@ from ml.serve.batch.lines import LINE_BEGINNING, LineError, answer_line, default
 from ml.serve.batch.output_file import OutputFile
 from ml.serve.batch.progress import Counts, Progress, hit_share
 from ml.serve.batch.sizing import cache_tokens
-from ml.serve.engine import Engine, EngineConfig
+from ml.serve.engine import Engine
+from ml.serve.engine_config import EngineConfig
 from ml.serve.sampling import TokenLogprobs
 from ml.serve.scheduling.request import FinishReason, Sequence
 from ml.serve.scheduling.statistics import Statistics

@@ -3,7 +3,7 @@
 import random
 
 from ml.errors import UserError
-from ml.serve.engine import EngineConfig
+from ml.serve.engine_config import EngineConfig
 from ml.serve.sampling import TokenLogprobs
 from ml.serve.scheduling.request import FinishReason, Request, Sequence
 from ml.serve.scheduling.statistics import Statistics
