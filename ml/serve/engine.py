@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,55 +12,20 @@ from jaxtyping import PyTree
 
 from ml.errors import UserError
 from ml.models import Transformer, TransformerConfig
-from ml.serve.generation import Completion
+from ml.serve.completion import Completion
+from ml.serve.engine_config import EngineConfig
 from ml.serve.runner import Results, Runner, RunnerConfig
 from ml.serve.sampling import SamplingParams, TokenLogprobs
 from ml.serve.scheduling.config import SchedulerConfig
-from ml.serve.scheduling.policies import Fifo, LongestPrefix
 from ml.serve.scheduling.request import FinishReason, Request
 from ml.serve.scheduling.request import Sequence as Sample
 from ml.serve.scheduling.scheduler import Scheduler
+from ml.serve.scheduling.schedules import make_policy
 from ml.serve.scheduling.statistics import Load
 from ml.serve.scheduling.step import Update
-from pallas_kernels.paged_attention import Implementation
 from pallas_kernels.paged_attention.core import resolve
 from pallas_kernels.paged_attention.segments import ordered_block
 from pallas_kernels.shared_prefix_attention import Crossover, Shapes, SharedPrefixPlan, crossover, make_plan
-
-
-@dataclasses.dataclass(frozen=True)
-class EngineConfig:
-    """How much runs at once.
-
-    Attributes:
-      max_length: most tokens of prompt and completion together; ``None``: the model's longest sequence.
-      cache_tokens: tokens that the cache holds; ``None``: those of ``max_running`` sequences of ``max_length``.
-      page_size: tokens in a page.
-      max_running: most sequences that run at once.
-      token_budget: most tokens that a step feeds to the model: prompts are cut into chunks of what decodes leave.
-      decode_steps: most tokens per sequence between two looks of the host, while no prompt waits: the stream's grain.
-      schedule: ``fifo``, or ``prefix``: requests whose prompt is cached first.
-      share: read a prefix that several running sequences have in common once for all of them: ``auto``: where the
-        crossover measured on this device says that it pays; ``always``; ``never``.
-      dtype: of activations.
-      cache_dtype: of keys and values; ``None``: as ``dtype``; ``int8`` and ``float8_e4m3fn`` are kept with scales.
-      invariant: attention does not depend, bit for bit, on what else runs, on how a prompt was cut, or on what is
-        cached; the model's other products may still round by the number of rows that they are given.
-      implementation: of attention; see `pallas_kernels.paged_attention`.
-    """
-
-    max_length: int | None = None
-    cache_tokens: int | None = None
-    page_size: int = 16
-    max_running: int = 64
-    token_budget: int = 512
-    decode_steps: int = 8
-    schedule: Literal["fifo", "prefix"] = "fifo"
-    share: Literal["auto", "always", "never"] = "auto"
-    dtype: Any = jnp.float32
-    cache_dtype: Any = None
-    invariant: bool = False
-    implementation: Implementation = "auto"
 
 
 class Engine:
@@ -103,7 +68,7 @@ class Engine:
                 decode_steps=engine.decode_steps,
                 max_length=longest,
             ),
-            {"fifo": Fifo, "prefix": LongestPrefix}[engine.schedule](),
+            make_policy("prefix" if engine.schedule == "prefix" else "fifo", [], engine.page_size),
         )
         model = Transformer(config, dtype=engine.dtype)
         self._runner = Runner(

@@ -199,6 +199,7 @@ class Scheduler:
             if sequence.state is State.WAITING:
                 self.statistics.prompt += len(sequence.request.tokens)
                 self.statistics.cached += found
+                sequence.cached = found
             copies = self.memory.prepare(sequence, length)
             self._start(sequence)
             growth += self._growth(sequence) if self.config.reserve == "expected" else 0

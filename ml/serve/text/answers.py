@@ -1,5 +1,6 @@
 """What a model wrote, in OpenAI's form: texts that grow, choices, log-probabilities, usage."""
 
+import functools
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,17 +28,20 @@ class SampleText:
         """Starts behind the prompt."""
         self._tokenizer, self._request = model.tokenizer, request
         self.prompt, self.index = prompt, index
-        sampling = request.sampling[prompt]
-        self._text = StoppableText(
-            TextStream(model.tokenizer.decode, request.prompts[prompt]),
-            request.stop,
-            request.include_stop,
-            min_tokens=sampling.min_tokens,
-        )
-        self._wants_logprobs = sampling.logprobs is not None
+        self._wants_logprobs = request.sampling[prompt].logprobs is not None
         self.tokens: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
         self.finish_reason: str | None = None
+
+    @functools.cached_property
+    def _text(self) -> StoppableText:  # made when it is needed: many samples may wait
+        request = self._request
+        return StoppableText(
+            TextStream(self._tokenizer.decode, request.prompts[self.prompt]),
+            request.stop,
+            request.include_stop,
+            min_tokens=request.sampling[self.prompt].min_tokens,
+        )
 
     @property
     def text(self) -> str:

@@ -1,7 +1,7 @@
 """OpenAI's request bodies as prompts and sampling parameters: every field checked, every error naming it."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ml.errors import UserError
@@ -72,7 +72,7 @@ class TextRequest:
     """
 
     chat: bool
-    prompts: tuple[list[int], ...]
+    prompts: tuple[Sequence[int], ...]
     sampling: tuple[SamplingParams, ...]
     stop: tuple[str, ...] = ()
     include_stop: bool = False
