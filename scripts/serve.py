@@ -12,6 +12,7 @@ from ml.serve import Engine, EngineConfig, ServedModel
 from ml.serve.api.app import create_app
 from ml.serve.api.listening import listen, serve
 from ml.serve.api.settings import ServerSettings
+from ml.serve.batch.sizing import cache_tokens
 from ml.serve.text.served_model import serving_dtype
 
 USAGE = """Serves a model over HTTP as OpenAI does: the work directory of a training run, or a Hugging Face folder.
@@ -41,7 +42,10 @@ _MAX_QUEUE = flags.DEFINE_integer(
     "max_queue", 1024, "Most sequences that wait; clients beyond get status 429.", lower_bound=0
 )
 _CACHE_TOKENS = flags.DEFINE_integer(
-    "cache_tokens", None, "Tokens that the cache holds (default: those of all that run).", lower_bound=1
+    "cache_tokens",
+    None,
+    "Tokens that the cache holds (default: those of all that run, or what there is room for).",
+    lower_bound=1,
 )
 _CACHE_DTYPE = flags.DEFINE_enum(
     "cache_dtype", None, ["float32", "bfloat16", "int8", "float8_e4m3fn"], "Of keys and values (default: the model's)."
@@ -67,12 +71,15 @@ def main() -> None:
         raise UserError(f"--model: {error}") from error
     if _NAME.value:
         model = dataclasses.replace(model, name=_NAME.value)
+    longest = _MAX_LENGTH.value or model.config.max_length
+    cached = dtype if _CACHE_DTYPE.value is None else _CACHE_DTYPE.value
+    tokens = _CACHE_TOKENS.value or cache_tokens(model.config, cached, longest, _MAX_RUNNING.value)
     engine = Engine(
         model.config,
         model.params,
         EngineConfig(
             max_length=_MAX_LENGTH.value,
-            cache_tokens=_CACHE_TOKENS.value,
+            cache_tokens=tokens,
             max_running=_MAX_RUNNING.value,
             token_budget=_TOKEN_BUDGET.value,
             decode_steps=_DECODE_STEPS.value,
@@ -82,9 +89,8 @@ def main() -> None:
         ),
         stop_ids=model.stop_ids,
     )
-    longest = _MAX_LENGTH.value or model.config.max_length
     settings = ServerSettings(
-        max_length=min(longest, _CACHE_TOKENS.value or longest),
+        max_length=min(longest, tokens),
         api_key=_API_KEY.value or os.environ.get("MEGABATCH_API_KEY") or None,
         request_timeout=_TIMEOUT.value,
         max_body=_MAX_BODY.value * 2**20,

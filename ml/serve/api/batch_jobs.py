@@ -7,18 +7,21 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import Iterator
 from typing import IO, Any
 
+from ml.errors import UserError
 from ml.serve.api.driver import Draining, QueueFull
 from ml.serve.api.errors import ApiError, api_error
 from ml.serve.api.file_store import FileStore, StoredFile
 from ml.serve.api.protocol import BatchBody
 from ml.serve.api.server import Server
+from ml.serve.batch.input_file import InputFile
+from ml.serve.batch.lines import BatchLine, answer_line, error_line
+from ml.serve.text.fields import FieldError
 
 _log = logging.getLogger(__name__)
 _SECONDS = 24 * 3600
-_MOST_LINES = 50_000  # as OpenAI
+_MOST_ERRORS = 100
 
 
 @dataclasses.dataclass
@@ -41,6 +44,11 @@ class Job:
         """Changes the status, and notes when."""
         self.status = status
         self.times[status] = int(time.time())
+
+    def complain(self, message: str, code: str, line: int | None = None) -> None:
+        """Notes what makes the whole batch fail."""
+        if len(self.errors) < _MOST_ERRORS:
+            self.errors.append({"code": code, "message": message, "line": line, "param": None})
 
     @property
     def card(self) -> dict[str, Any]:
@@ -115,96 +123,63 @@ class BatchJobs:
             for name, each in outputs.items():
                 sinks[name] = stack.enter_context(open(each.path, "w", encoding="utf-8"))
             try:
-                lines = await asyncio.to_thread(_read, file, job)
-                job.total = len(lines)
-                if job.errors:
-                    job.become("failed")
-                    return
-                job.become("in_progress")
-                await self._answer_all(job, iter(lines), sinks)
-                job.become("finalizing")
+                source = await asyncio.to_thread(InputFile, file.path)
+                stack.callback(source.close)
+                job.total = len(source)
+                for index, error in source.errors.items():
+                    job.complain(str(error), "invalid_line", int(source.where(index).rpartition(":")[2]))
+                if not job.errors:
+                    job.become("in_progress")
+                    await self._answer_all(job, source, sinks)
+                    job.become("finalizing")
+            except UserError as error:
+                job.complain(str(error).replace(str(file.path), file.name), "invalid_file")
             except asyncio.CancelledError:
                 job.become("cancelling")
             except Exception:
                 _log.exception("a batch failed")
-                job.errors.append({"code": "server_error", "message": "the server failed", "line": None, "param": None})
-                job.become("failed")
+                job.complain("the server failed", "server_error")
         if outputs["output"].path.stat().st_size:
             self._store.add(outputs["output"])
             job.output = outputs["output"].id
         if outputs["error"].path.stat().st_size:
             self._store.add(outputs["error"])
             job.error_output = outputs["error"].id
-        if job.status != "failed":
+        if job.errors:
+            job.become("failed")
+        else:
             job.become("completed" if job.status == "finalizing" else "cancelled")
 
-    async def _answer_all(self, job: Job, lines: Iterator[dict[str, Any]], sinks: dict[str, IO[str]]) -> None:
+    async def _answer_all(self, job: Job, source: InputFile, sinks: dict[str, IO[str]]) -> None:
         """A few workers take line after line, so that no more than these are in the engine."""
+        indices = iter(range(len(source)))
 
         async def work() -> None:
-            for line in lines:
-                status, body = await self._answer(job, line)
-                name = "output" if status == 200 else "error"
-                job.completed += status == 200
-                job.failed += status != 200
-                sinks[name].write(json.dumps(_result(line, status, body), ensure_ascii=False) + "\n")
+            for index in indices:
+                line, digest = source.read(index), source.digests[index]
+                try:
+                    record = answer_line(digest, line.custom_id, await self._answer(job, line))
+                except Exception as error:
+                    answer = api_error(error)
+                    record = error_line(digest, line.custom_id, error, "line", answer.status)
+                    record["response"]["body"], record["error"] = answer.body, None
+                    job.failed += 1
+                    sinks["error"].write(json.dumps(record) + "\n")
+                else:
+                    job.completed += 1
+                    sinks["output"].write(json.dumps(record, ensure_ascii=False) + "\n")
 
         async with asyncio.TaskGroup() as group:
             for _ in range(min(self._server.settings.batch_concurrency, job.total)):
                 group.create_task(work())
 
-    async def _answer(self, job: Job, line: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    async def _answer(self, job: Job, line: BatchLine) -> dict[str, Any]:
+        if line.url != job.body.endpoint:
+            raise FieldError("url", f"must be the batch's endpoint, {job.body.endpoint}")
+        if line.body.get("stream"):
+            raise FieldError("stream", "must be false in a batch: answers come as a whole")
         while True:
             try:
-                if line["url"] != job.body.endpoint:
-                    raise ApiError(400, f"url: must be the batch's endpoint, {job.body.endpoint}", param="url")
-                return 200, await self._server.complete(line["url"], line["body"])
+                return await self._server.complete(line.url, line.body)
             except QueueFull:
                 await asyncio.sleep(0.1)
-            except Exception as error:
-                answer = api_error(error)
-                return answer.status, answer.body
-
-
-def _read(file: StoredFile, job: Job) -> list[dict[str, Any]]:
-    """The lines of a batch; what is wrong with them goes to ``job.errors``."""
-    lines: list[dict[str, Any]] = []
-    names: set[str] = set()
-
-    def complain(number: int, code: str, message: str) -> None:
-        if len(job.errors) < 100:
-            job.errors.append({"code": code, "message": message, "line": number, "param": None})
-
-    with open(file.path, "rb") as source:
-        for number, raw in enumerate(source, 1):
-            if not raw.strip():
-                continue
-            try:
-                line = json.loads(raw)
-            except (ValueError, RecursionError) as error:
-                complain(number, "invalid_json_line", f"is not JSON: {error}")
-                continue
-            name = line.get("custom_id") if isinstance(line, dict) else None
-            if not isinstance(name, str) or not isinstance(line.get("body"), dict) or line.get("method") != "POST":
-                complain(number, "invalid_request", 'must be {"custom_id", "method": "POST", "url", "body": {...}}')
-            elif name in names:
-                complain(number, "duplicate_custom_id", f"custom_id {name!r} was there before")
-            elif len(lines) == _MOST_LINES:
-                complain(number, "too_many_requests", f"a batch has at most {_MOST_LINES} lines; split it")
-                break
-            else:
-                names.add(name)
-                lines.append({"custom_id": name, "url": line.get("url"), "body": line["body"]})
-    if not lines and not job.errors:
-        complain(1, "empty_file", "the file has no lines")
-    return lines
-
-
-def _result(line: dict[str, Any], status: int, body: dict[str, Any]) -> dict[str, Any]:
-    name = secrets.token_hex(12)
-    return {
-        "id": f"batch_req_{name}",
-        "custom_id": line["custom_id"],
-        "response": {"status_code": status, "request_id": name, "body": body},
-        "error": None,
-    }

@@ -258,6 +258,8 @@ class Driver:
                 if self._fail(entry, RequestError("the engine failed on this request")):
                     touched.add(entry.stream)
                 continue
+            if update.sequence.index == 0:
+                entry.stream.cached = update.sequence.cached
             tokens, logprobs = list(update.tokens), logprobs or []
             if reason is FinishReason.STOP:
                 tokens = tokens[:-1]

@@ -123,8 +123,8 @@ class Running(AsyncIterator[tuple[SampleText, str]]):
     To stop iterating before the end ends the request too.
 
     Attributes:
+      streams: of the prompts.
       samples: of all prompts.
-      cached: tokens of each prompt that were found in the cache.
     """
 
     def __init__(self, model: ServedModel, request: TextRequest, streams: Sequence[Stream]):
@@ -134,8 +134,12 @@ class Running(AsyncIterator[tuple[SampleText, str]]):
             for prompt, stream in enumerate(streams)
         ]
         self.samples = [sample for each in self._of_stream for sample in each]
-        self.cached = [0] * len(streams)
         self._news = self._read()
+
+    @property
+    def cached(self) -> list[int]:
+        """Tokens of each prompt that were found in the cache."""
+        return [stream.cached for stream in self.streams]
 
     async def __anext__(self) -> tuple[SampleText, str]:
         return await anext(self._news)

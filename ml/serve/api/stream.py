@@ -36,6 +36,8 @@ class Stream(AsyncIterator[Delta]):
     nor loses a token, and costs no more than the text itself.
     """
 
+    cached = 0  # tokens of the prompt that were in the cache, as soon as there is news
+
     def __init__(
         self,
         request_id: str,

@@ -15,6 +15,7 @@ class Sample:
     index: int
     left: int
     drawn: int = 0
+    cached: int = 0
 
 
 class FakeEngine:
