@@ -68,7 +68,8 @@ def main() -> None:
     try:
         model = ServedModel.load(_MODEL.value, step=_STEP.value, dtype=dtype, chat_template=_TEMPLATE.value)
     except UserError as error:
-        raise UserError(f"--model: {error}") from error
+        flag = "chat_template" if _TEMPLATE.value and str(error).startswith(_TEMPLATE.value) else "model"
+        raise UserError(f"--{flag}: {error}") from error
     if _NAME.value:
         model = dataclasses.replace(model, name=_NAME.value)
     longest = _MAX_LENGTH.value or model.config.max_length

@@ -65,8 +65,8 @@ class SamplingParams:
             raise ValueError(
                 f"temperature={self.temperature}: must be 0 (always the likeliest token) or more, often 0.8"
             )
-        if self.top_k < 0:
-            raise ValueError(f"top_k={self.top_k}: must be 0 (all tokens) or more, often 40")
+        if not 0 <= self.top_k < 2**31:
+            raise ValueError(f"top_k={self.top_k}: must be 0 (all tokens) or more, often 40, and below {2**31}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p}: must be above 0 and at most 1 (all tokens), often 0.95")
         if not 0 <= self.min_p <= 1:
@@ -74,8 +74,10 @@ class SamplingParams:
         for name in ("presence_penalty", "frequency_penalty"):
             if not -2 <= getattr(self, name) <= 2:
                 raise ValueError(f"{name}={getattr(self, name)}: must lie between -2 and 2; 0: none")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise ValueError(f"repetition_penalty={self.repetition_penalty}: must be above 0; 1: none, often 1.1")
+        if not 0.001 <= self.repetition_penalty <= 1000:
+            raise ValueError(
+                f"repetition_penalty={self.repetition_penalty}: must lie between 0.001 and 1000; 1: none, often 1.1"
+            )
         if len(self.logit_bias) > MAX_BIASES:
             raise ValueError(f"logit_bias has {len(self.logit_bias)} entries: at most {MAX_BIASES} are allowed")
         for token, bias in self.logit_bias.items():

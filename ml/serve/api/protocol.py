@@ -40,11 +40,11 @@ class Generation(Body):
     model: str | None = None
     temperature: _Float = Field(None, ge=0)
     top_p: _Float = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1)
+    top_k: int | None = Field(None, ge=-1, lt=2**31)
     min_p: _Float = Field(None, ge=0, le=1)
     presence_penalty: _Float = Field(None, ge=-2, le=2)
     frequency_penalty: _Float = Field(None, ge=-2, le=2)
-    repetition_penalty: _Float = Field(None, gt=0)
+    repetition_penalty: _Float = Field(None, ge=0.001, le=1000)
     logit_bias: dict[str, float] | None = None
     max_tokens: int | None = Field(None, ge=1)
     min_tokens: int | None = Field(None, ge=0)
