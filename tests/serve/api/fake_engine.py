@@ -6,7 +6,10 @@ import threading
 import types
 
 from ml.errors import UserError
+from ml.serve.engine_config import EngineConfig
+from ml.serve.sampling import TokenLogprobs
 from ml.serve.scheduling.request import FinishReason
+from ml.serve.scheduling.statistics import Load, Statistics
 
 
 @dataclasses.dataclass(eq=False)
@@ -37,10 +40,16 @@ class FakeEngine:
         self.added, self.resets, self.most, self.threads = [], 0, 0, set()
         self._unfinished = 0
         self._error_at_reset = error_at_reset
+        self.engine, self.statistics = EngineConfig(), Statistics()
 
     @property
     def unfinished(self):
         return bool(self.samples)
+
+    @property
+    def load(self):
+        running = min(self._unfinished, self.running)
+        return Load(running, self._unfinished - running, running, 100)
 
     def add(self, prompt, sampling, request_id=None):
         if not prompt:
@@ -55,7 +64,9 @@ class FakeEngine:
 
     def cancel(self, request_id, index=None):
         self.threads.add(threading.get_ident())
-        kept = [s for s in self.samples.pop(request_id, []) if index is not None and s.index != index]
+        before = self.samples.pop(request_id, [])
+        kept = [s for s in before if index is not None and s.index != index]
+        self._unfinished -= len(before) - len(kept)
         if kept:
             self.samples[request_id] = kept
         return []
@@ -70,7 +81,10 @@ class FakeEngine:
             reason = None if sample.left else FinishReason.LENGTH
             if sample.request.id in self.fail:
                 reason = FinishReason.FAILED
-            updates.append((types.SimpleNamespace(sequence=sample, tokens=(sample.drawn,), finish_reason=reason), None))
+            update = types.SimpleNamespace(sequence=sample, tokens=(sample.drawn,), finish_reason=reason)
+            top = sample.request.sampling.logprobs
+            logprobs = None if top is None else [TokenLogprobs(-1.0, 0, {i: -1.0 - i for i in range(top)})]
+            updates.append((update, logprobs))
             sample.drawn += 1
             if reason:
                 self._forget(sample)
@@ -80,6 +94,7 @@ class FakeEngine:
         if self._error_at_reset is not None:
             raise self._error_at_reset
         self.samples.clear()
+        self._unfinished = 0
         self.resets += 1
 
     def _first(self):

@@ -102,7 +102,9 @@ def test_a_bad_conversation_is_a_bad_request(served, messages):
     assert "messages" in error["param"] or "messages" in error["message"]
 
 
-@pytest.mark.parametrize("text", ["", "\0", "🎉👩‍👩‍👧‍👦", "\u202e", "ﷺ" * 20, "<|endoftext|>", "a\r\n\t", "\ufffd", "{{ 7 * 7 }}"])
+@pytest.mark.parametrize(
+    "text", ["", "\0", "🎉👩‍👩‍👧‍👦", "\u202e", "ﷺ" * 20, "<|endoftext|>", "a\r\n\t", "\ufffd", "{{ 7 * 7 }}"]
+)
 def test_any_text_is_fine(served, text):
     body = {"messages": [{"role": "user", "content": text}], "max_tokens": 2}
     assert served[1].post("/v1/chat/completions", json=body).status_code == 200

@@ -40,9 +40,9 @@ def tiny_model(chat=CHAT):
 class TinyServer:
     """The application of a tiny model; `listening` puts it on a port."""
 
-    def __init__(self, *, capacity=64, **settings):
+    def __init__(self, *, capacity=64, engine=None, **settings):
         self.model = tiny_model()
-        self.engine = Engine(CONFIG, self.model.params, SMALL, stop_ids=self.model.stop_ids)
+        self.engine = engine or Engine(CONFIG, self.model.params, SMALL, stop_ids=self.model.stop_ids)
         self.settings = ServerSettings(**{"max_length": CONFIG.max_length, **settings})
         self.app = create_app(self.model, self.engine, self.settings, capacity=capacity)
         self.driver = self.app.state.driver
