@@ -1,6 +1,7 @@
 """An engine without a model: what a request gets depends on its prompt and seed alone, and comes in small pieces."""
 
 import random
+import time
 
 from ml.errors import UserError
 from ml.serve.engine_config import EngineConfig
@@ -69,3 +70,14 @@ class ScriptedEngine:
         ended = {id(update.sequence) for update, _ in news if update.finish_reason}
         self._sequences = [s for s in self._sequences if id(s) not in ended]
         return news
+
+
+class SlowEngine(ScriptedEngine):
+    """Takes the place of `ml.serve.Engine`, and some time for each step."""
+
+    def __init__(self, config, params, engine, *, stop_ids):
+        super().__init__(end=next(iter(stop_ids)), running=8)
+
+    def step(self):
+        time.sleep(0.005)
+        return super().step()
