@@ -39,7 +39,7 @@ _COMMON = (
     "store",
     "user",
 )
-_OF_COMPLETIONS = frozenset({*_COMMON, "echo", "prompt", "suffix"})
+_OF_COMPLETIONS = frozenset({*_COMMON, "best_of", "echo", "prompt", "suffix"})
 _OF_CHATS = frozenset(
     {
         *_COMMON,
@@ -66,15 +66,13 @@ class TextRequest:
       chat: whether it is a conversation; else prompts to complete.
       prompts: token ids of each prompt.
       sampling: of each prompt.
-      stop: strings that end a text.
-      include_stop: whether such a string is part of the text.
+      include_stop: whether the string that ends a text (``SamplingParams.stop``) is part of it.
       echo: the text of each prompt, to be put before what is written; empty: none.
     """
 
     chat: bool
     prompts: tuple[Sequence[int], ...]
     sampling: tuple[SamplingParams, ...]
-    stop: tuple[str, ...] = ()
     include_stop: bool = False
     echo: tuple[str, ...] = ()
 
@@ -101,6 +99,12 @@ def read_completion(
     most = fields.integer("max_tokens")
     sampling = _sampling(fields, model, seed, logprobs)
     n = sampling["n"]
+    if (best_of := fields.integer("best_of")) is not None:
+        if best_of > _MOST_SAMPLES:
+            raise FieldError("best_of", f"is {best_of}; at most {_MOST_SAMPLES}")
+        if best_of > n and fields.flag("stream"):
+            raise FieldError("best_of", "does not go together with stream: the best is known at the end")
+        sampling["best_of"] = best_of
     echo: tuple[str, ...] = ()
     if fields.flag("echo"):
         if logprobs is not None:
@@ -111,12 +115,11 @@ def read_completion(
         prompts=tuple(prompts),
         sampling=tuple(
             _build(
-                {**sampling, "seed": (sampling["seed"] + i * n) % 2**32},
+                {**sampling, "seed": (sampling["seed"] + i * (best_of or n)) % 2**32},
                 _room(prompt, "prompt", most, _COMPLETION_TOKENS, max_length or model.config.max_length),
             )
             for i, prompt in enumerate(prompts)
         ),
-        stop=_stop(fields),
         include_stop=fields.flag("include_stop_str_in_output"),
         echo=echo,
     )
@@ -156,7 +159,6 @@ def read_chat(
         chat=True,
         prompts=(prompt,),
         sampling=(_build(sampling, length, name),),
-        stop=_stop(fields),
         include_stop=fields.flag("include_stop_str_in_output"),
     )
 
@@ -236,6 +238,7 @@ def _sampling(fields: Fields, model: ServedModel, seed: int, logprobs: int | Non
     if not _are_ids(ids) or not all(0 <= i <= last for i in ids):
         raise FieldError("stop_token_ids", f"must be a list of token ids, 0 to {last}")
     values["stop_token_ids"] = tuple(ids)
+    values["stop"] = _stop(fields)
     biases = {}
     for token, bias in (fields.mapping("logit_bias") or {}).items():
         if not token.isdecimal() or len(token) > 9 or int(token) > last:

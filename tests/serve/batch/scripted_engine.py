@@ -12,9 +12,9 @@ from ml.serve.scheduling.step import Update
 
 
 class ScriptedEngine:
-    def __init__(self, tokens=range(65, 91), end=0, running=5, fail=(), interrupt_after=None):
+    def __init__(self, tokens=range(65, 91), end=0, running=5, fail=(), interrupt_after=None, schedule="fifo"):
         """Draws from ``tokens``; ``end`` stops a text; requests whose prompts hold a token of ``fail`` fail."""
-        self.engine, self.statistics = EngineConfig(), Statistics()
+        self.engine, self.statistics = EngineConfig(schedule=schedule), Statistics()
         self._tokens, self._end, self._running, self._fail = list(tokens), end, running, set(fail)
         self._sequences, self._sampling = [], {}
         self._interrupt_after = interrupt_after
@@ -27,12 +27,18 @@ class ScriptedEngine:
     def add(self, prompt, sampling, request_id):
         if len(prompt) > 50:
             raise UserError(f"request {request_id!r}: too long for the cache")
-        request = Request(request_id, prompt, sampling.max_tokens, sampling.n)
+        request = Request(request_id, prompt, sampling.max_tokens, sampling.samples)
         self._sampling[request_id] = sampling
-        new = [Sequence(request, index) for index in range(sampling.n)]
+        new = [Sequence(request, index) for index in range(sampling.samples)]
         self._sequences += new
         self.most_known = max(self.most_known, len(self._sequences))
         return new
+
+    def add_all(self, prompts, samplings, request_ids):
+        self.planned = len(prompts)
+        if any(len(prompt) > 50 for prompt in prompts):
+            raise UserError("prompt 0: one is too long for the cache")
+        return [self.add(*each) for each in zip(prompts, samplings, request_ids, strict=True)]
 
     def cancel(self, request_id, index=None):
         gone = [s for s in self._sequences if s.request.id == request_id and index in (None, s.index)]
@@ -64,8 +70,8 @@ class ScriptedEngine:
             if reason is None and len(sequence.output) == sequence.request.max_tokens:
                 reason = FinishReason.LENGTH
             logprobs = None
-            if sampling.logprobs is not None:
-                logprobs = [TokenLogprobs(-0.5, 1, {66: -0.25, token: -0.5})]
+            if sampling.ranked is not None:
+                logprobs = [TokenLogprobs(-0.5 - sequence.index % 2, 1, {66: -0.25, token: -0.5})]
             news.append((Update(sequence, (token,), reason), logprobs))
         ended = {id(update.sequence) for update, _ in news if update.finish_reason}
         self._sequences = [s for s in self._sequences if id(s) not in ended]
@@ -76,7 +82,7 @@ class SlowEngine(ScriptedEngine):
     """Takes the place of `ml.serve.Engine`, and some time for each step."""
 
     def __init__(self, config, params, engine, *, stop_ids):
-        super().__init__(end=next(iter(stop_ids)), running=8)
+        super().__init__(end=next(iter(stop_ids)), running=8, schedule=engine.schedule)
 
     def step(self):
         time.sleep(0.005)

@@ -26,7 +26,7 @@ def test_what_is_left_out_has_openais_defaults():
     request = _completion()
     assert request.prompts == (MODEL.encode("Äpfel"),)
     assert request.sampling == (SamplingParams(max_tokens=16),)
-    assert (request.chat, request.stop, request.echo) == (False, (), ())
+    assert (request.chat, request.include_stop, request.echo) == (False, False, ())
     chat = _chat()
     assert chat.chat
     assert chat.prompts == (MODEL.encode_chat([USER]),)
@@ -51,13 +51,12 @@ def test_every_parameter_arrives():
         "n": 3,
         "logprobs": 2,
     }
-    expected = SamplingParams(**given, logit_bias={5: -100.0}, stop_token_ids=(1, 2))
-    request = _completion(**given, logit_bias={"5": -100}, stop_token_ids=[1, 2], stop=["a", "€"])
+    expected = SamplingParams(**given, logit_bias={5: -100.0}, stop_token_ids=(1, 2), stop=("a",))
+    request = _completion(**given, logit_bias={"5": -100}, stop_token_ids=[1, 2], stop=["a"])
     assert request.sampling == (expected,)
-    assert request.stop == ("a", "€")
+    assert _completion(stop=["a", "€"], best_of=3).sampling[0] == SamplingParams(16, stop=("a", "€"), best_of=3)
     chat = _chat(**{**given, "logprobs": True}, top_logprobs=2, logit_bias={"5": -100}, stop_token_ids=[1, 2], stop="a")
     assert chat.sampling == (expected,)
-    assert chat.stop == ("a",)
     assert _chat(max_completion_tokens=4, max_tokens=9).sampling[0].max_tokens == 4
     assert _completion(seed=-1).sampling[0].seed == 2**32 - 1
     assert _completion(top_k=-1).sampling[0].top_k == 0
@@ -150,6 +149,9 @@ WRONG_COMPLETIONS = [
     ({"prompt": SURROGATE}, "prompt: holds .* half of a surrogate pair"),
     ({"logprobs": 21}, "logprobs=21: must lie between 0 and 20"),
     ({"logprobs": True}, "logprobs: is True; must be a whole number"),
+    ({"best_of": 2, "n": 3}, "best_of=2: must be at least n=3"),
+    ({"best_of": 10**9}, "best_of: is 1000000000; at most 1024"),
+    ({"best_of": 2, "stream": True}, "best_of: does not go together with stream"),
     ({"suffix": "x"}, "suffix: is not supported"),
     ({"echo": True, "logprobs": 1}, "echo: does not go together with logprobs"),
     ({"messages": []}, "messages: there is no such field"),
