@@ -12,6 +12,8 @@ from ml.serve.scheduling.step import Update
 
 
 class ScriptedEngine:
+    most_prompt = 50
+
     def __init__(self, tokens=range(65, 91), end=0, running=5, fail=(), interrupt_after=None, schedule="fifo"):
         """Draws from ``tokens``; ``end`` stops a text; requests whose prompts hold a token of ``fail`` fail."""
         self.engine, self.statistics = EngineConfig(schedule=schedule), Statistics()
@@ -25,7 +27,7 @@ class ScriptedEngine:
         return bool(self._sequences)
 
     def add(self, prompt, sampling, request_id):
-        if len(prompt) > 50:
+        if len(prompt) > self.most_prompt:
             raise UserError(f"request {request_id!r}: too long for the cache")
         request = Request(request_id, prompt, sampling.max_tokens, sampling.samples)
         self._sampling[request_id] = sampling
@@ -36,7 +38,7 @@ class ScriptedEngine:
 
     def add_all(self, prompts, samplings, request_ids):
         self.planned = len(prompts)
-        if any(len(prompt) > 50 for prompt in prompts):
+        if any(len(prompt) > self.most_prompt for prompt in prompts):
             raise UserError("prompt 0: one is too long for the cache")
         return [self.add(*each) for each in zip(prompts, samplings, request_ids, strict=True)]
 
