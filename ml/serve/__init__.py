@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from ml.serve.completion import Completion
     from ml.serve.engine import Engine
     from ml.serve.engine_config import EngineConfig
+    from ml.serve.grammar import Grammars, StructuredOutput
     from ml.serve.sampling import SamplingParams
     from ml.serve.text_stream import TextStream
 
@@ -18,8 +19,10 @@ _HOME = {
     "Completion": "completion",
     "Engine": "engine",
     "EngineConfig": "engine_config",
+    "Grammars": "grammar",
     "PagedAttention": "cached_attention",
     "SamplingParams": "sampling",
+    "StructuredOutput": "grammar",
     "TextStream": "text_stream",
     "empty_cache": "cached_attention",
 }
@@ -28,8 +31,10 @@ __all__ = [
     "Completion",
     "Engine",
     "EngineConfig",
+    "Grammars",
     "PagedAttention",
     "SamplingParams",
+    "StructuredOutput",
     "TextStream",
     "empty_cache",
 ]
