@@ -90,7 +90,8 @@ def _answer_file(model: ServedModel) -> None:
     assert source is not None and output is not None  # see _check_job_flags
     job = Job(model, source, output, errors)
     settings = job.engine_config(schedule=_SCHEDULE.value, dtype=serving_dtype())
-    engine = Engine(model.config, model.params, settings, stop_ids=model.stop_ids)
+    grammars = model.grammars() if job.structured else None
+    engine = Engine(model.config, model.params, settings, stop_ids=model.stop_ids, grammars=grammars)
     with terminable():
         result = job.run(engine, seed=_SEED.value)
     if result.interrupted:

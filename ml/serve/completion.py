@@ -16,7 +16,7 @@ class Completion:
 
     Attributes:
       tokens: generated ids, without the stop token.
-      finish_reason: ``stop`` (a stop token came), ``length`` (``max_tokens`` reached), ``cancelled``, or ``failed``
+      finish_reason: ``stop`` (a stop token came, or the structured output is whole), ``length`` (``max_tokens`` reached), ``cancelled``, or ``failed``
         (the request could not go on; the log says why).
       logprobs: of each token, if they were asked for.
       prompt_logprobs: of each token of the prompt, if they were asked for; ``None`` for the first, which follows
@@ -57,7 +57,8 @@ class Gathered:
     def _completion(self, sample: Sample) -> Completion:
         assert sample.finish_reason is not None
         tokens = sample.output
-        if sample.finish_reason is FinishReason.STOP:
+        # A structured output that is whole ends without a stop token.
+        if sample.finish_reason is FinishReason.STOP and tokens and tokens[-1] in sample.request.stop_ids:
             tokens = tokens[:-1]
         logprobs = None if self._sampling.logprobs is None else self._logprobs[sample.index][: len(tokens)]
         return Completion(tokens, cast(Any, sample.finish_reason.value), logprobs, self.prompt_logprobs)

@@ -10,7 +10,9 @@ from jaxtyping import PyTree
 from ml.errors import UserError
 from ml.models import TransformerConfig
 from ml.serve.completion import Completion, Gathered, token_logprobs
+from ml.serve.constrained import ConstrainedSamples
 from ml.serve.engine_config import EngineConfig
+from ml.serve.grammar import Grammars
 from ml.serve.runner import Results, Runner
 from ml.serve.sampling import Logprobs, SamplingParams, TokenLogprobs
 from ml.serve.scheduling.config import SchedulerConfig
@@ -59,6 +61,7 @@ class Engine:
         engine: EngineConfig = EngineConfig(),
         *,
         stop_ids: Iterable[int] = (),
+        grammars: Grammars | None = None,
     ):
         """Allocates the cache; ``params`` are kept as they are.
 
@@ -67,6 +70,7 @@ class Engine:
           params: its parameters.
           engine: how much runs at once.
           stop_ids: tokens that end every text, such as the tokenizer's end of text.
+          grammars: compiles `SamplingParams.structured_output`; ``None``: requests cannot ask for it.
         """
         longest = config.max_length if engine.max_length is None else engine.max_length
         if longest > config.max_length:
@@ -96,6 +100,7 @@ class Engine:
         self._ended: list[str] = []
         self._begun: dict[int, Sample] = {}
         self._failures: list[News] = []
+        self._constrained = ConstrainedSamples(grammars)
         self._added = 0
 
     @property
@@ -114,7 +119,7 @@ class Engine:
 
         Args:
           samplings: examples of what requests will ask for. Programs differ by penalties, biases (and ``min_tokens``),
-            and log-probabilities; not by other parameters, nor by lengths and numbers of requests.
+            log-probabilities, and whether the output is structured; not by other parameters, nor by lengths and numbers of requests.
           threads: that compile at once; ``None``: one per processor.
 
         Returns:
@@ -140,7 +145,8 @@ class Engine:
           salt: requests share cached tokens only with those of the same salt.
 
         Raises:
-          UserError: an empty prompt, an id outside the vocabulary, or more tokens than the model or the cache takes.
+          UserError: an empty prompt, an id outside the vocabulary, more tokens than the model or the cache takes, or a
+            structured output that cannot be had.
         """
         if self.engine.schedule == "planned" and not self._scheduler.unfinished:
             self._scheduler.use(Fifo())  # the last job's plan has had its use
@@ -227,7 +233,7 @@ class Engine:
             for row in step.rows:
                 if self._begun.get(row.slot) is not row.sequence or not row.number:
                     self._begin(row)
-            results = self._runner.run(step)
+            results = self._runner.run(step, self._constrained.allowed(step))
             self._in_flight.append(results)
             for row, error in results.failed:
                 self._fail(row.sequence, error)
@@ -235,11 +241,17 @@ class Engine:
         if not self._in_flight or (step is not None and len(self._in_flight) < 2):
             return news
         results = self._in_flight.popleft()
-        updates = self._forget_later(self._scheduler.on_sampled(results.step, results.drawn()))
+        updates = self._scheduler.on_sampled(results.step, results.drawn())
+        whole, failed = self._constrained.follow(updates)
+        updates = self._forget_later(updates + [self._scheduler.finish(s, FinishReason.STOP) for s in whole])
+        for sample, error in failed:
+            self._fail(sample, error)
         self._note_prompts(results)
         given = None if results.logprobs is None else results.logprobs.on_host()
         rows = {id(row.sequence): i for i, row in enumerate(results.step.rows)}
-        return news + [(update, self._logprobs(given, rows[id(update.sequence)], update)) for update in updates]
+        news += [(update, self._logprobs(given, rows[id(update.sequence)], update)) for update in updates]
+        failures, self._failures = self._failures, []
+        return news + failures
 
     def generate(
         self,
@@ -306,10 +318,13 @@ class Engine:
             stop_ids=set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else self._stop_ids),
             salt=salt,
             reuse_prefix=sampling.prompt_logprobs is None,
+            token_by_token=sampling.structured_output is not None,
         )
 
     def _queue(self, request: Request, sampling: SamplingParams) -> list[Sample]:
+        matcher = self._constrained.compile(request, sampling.structured_output)
         samples = self._scheduler.add(request)
+        self._constrained.begin(samples, matcher)
         wanted = sampling.prompt_logprobs is not None
         self._asked[request.id] = _Asked(sampling, samples, [None] * len(request.tokens) if wanted else None)
         return samples
@@ -337,6 +352,7 @@ class Engine:
 
     def _forget_later(self, updates: list[Update]) -> list[Update]:
         self._ended += [update.sequence.request.id for update in updates if update.finish_reason is not None]
+        self._constrained.forget(updates)
         return updates
 
     def _note_prompts(self, results: Results) -> None:

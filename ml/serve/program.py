@@ -32,6 +32,7 @@ class Kind:
       prompt_top: likewise of the prompt's tokens.
       penalizes: whether what was written before changes the logits.
       biases: biased tokens per row.
+      masked: whether a grammar says what a row may draw.
     """
 
     rows: int
@@ -41,6 +42,7 @@ class Kind:
     prompt_top: int | None = None
     penalizes: bool = False
     biases: int = 0
+    masked: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -142,8 +142,13 @@ class Runner:
             count = np.bincount(np.asarray(tokens[prompt:], int), minlength=vocab).astype(np.int32)
             self._written = self._programs["begin"](self._text(), np.int32(slot), count, seen)
 
-    def run(self, step: Step) -> Results:
-        """Sends a step to the device and does not wait for it; steps run in the scheduler's order."""
+    def run(self, step: Step, allowed: Mapping[int, np.ndarray] | None = None) -> Results:
+        """Sends a step to the device and does not wait for it; steps run in the scheduler's order.
+
+        Args:
+          step: the next.
+          allowed: of rows with a grammar, by their place in the step: see `Constraints.allowed`.
+        """
         for begin in range(0, len(step.copies), _COPIES):
             cache = self._programs["copy"](self._state.cache, *self._copies(step.copies[begin : begin + _COPIES]))
             self._state = dataclasses.replace(self._state, cache=cache)
@@ -166,7 +171,7 @@ class Runner:
                 **self._options(drawing, max(map(len, entries))),
             )
         )
-        batch: Any = self._batch(step, kind, params, entries)
+        batch: Any = self._batch(step, kind, params, entries, allowed or {})
         starts = None if decode else batch.query_starts
         plan = self._sharing.plan(batch.block_table, batch.lengths, starts, len(batch.tokens))
         if plan is not None:
@@ -192,6 +197,7 @@ class Runner:
             "top": None if top is None else fit(_TOPS, top),
             "penalizes": any(p.penalizes for p in params),
             "biases": fit((*_BIASES, max(biases, _BIASES[-1] + 1)), biases) if biases else 0,
+            "masked": any(p.structured_output is not None for p in params),
         }
 
     def _compile(self, key: Any) -> Any:
@@ -223,7 +229,12 @@ class Runner:
         return np.minimum(pairs[0], self._pages - 1), pairs[1]
 
     def _batch(
-        self, step: Step, kind: Kind, params: Sequence[SamplingParams], entries: Sequence[Mapping[int, float]]
+        self,
+        step: Step,
+        kind: Kind,
+        params: Sequence[SamplingParams],
+        entries: Sequence[Mapping[int, float]],
+        allowed: Mapping[int, np.ndarray] | None = None,
     ) -> Batch:
         rows = kind.rows
         tokens = np.full(rows if kind.tokens is None else kind.tokens, 0, np.int32)
@@ -247,8 +258,9 @@ class Runner:
         if kind.penalizes:
             names = ("presence_penalty", "frequency_penalty", "repetition_penalty")
             penalties = tuple(np.array([getattr(p, name) for p in params], np.float32) for name in names)
-        if kind.biases:
-            constraints = _constraints(entries, rows, kind.biases, self._model.config.vocab_size)
+        if kind.biases or kind.masked:
+            masks = (allowed or {}) if kind.masked else None
+            constraints = _constraints(entries, rows, kind.biases, self._model.config.vocab_size, masks)
         slot, lengths, samples, number = per_row
         return Batch(
             tokens=tokens,
@@ -272,11 +284,22 @@ class Runner:
         return dict(params.logit_bias)
 
 
-def _constraints(entries: Sequence[Mapping[int, float]], rows: int, size: int, vocab: int) -> Constraints:
+def _constraints(
+    entries: Sequence[Mapping[int, float]],
+    rows: int,
+    size: int,
+    vocab: int,
+    masks: Mapping[int, np.ndarray] | None,
+) -> Constraints:
     tokens, biases = np.full((rows, size), vocab, np.int32), np.zeros((rows, size), np.float32)
     for i, entry in enumerate(entries):
         tokens[i, : len(entry)], biases[i, : len(entry)] = list(entry), list(entry.values())
-    return Constraints(tokens, biases)
+    if masks is None:
+        return Constraints(tokens, biases)
+    words = np.full((rows, -(-vocab // 32)), ~np.uint32(0))
+    for i, mask in masks.items():
+        words[i] = mask
+    return Constraints(tokens, biases, words)
 
 
 def _prompt_top(row: Row, params: SamplingParams) -> int | None:

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
+from ml.serve.grammar import StructuredOutput
+
 # Most tokens whose log-probabilities are given beside the drawn one's, and most biased tokens of a request (OpenAI's).
 MAX_LOGPROBS = 20
 MAX_BIASES = 300
@@ -41,6 +43,7 @@ class SamplingParams:
       stop: strings that end the text. They are looked for where text is, in `ml.serve.text`; not in the engine.
       prompt_logprobs: likewise of the prompt's tokens, which are then computed even if they are cached.
       best_of: texts to write, of which the ``n`` with the highest log-probability per token are given; ``None``: ``n``.
+      structured_output: what the text must look like; it ends where nothing can follow, ``min_tokens`` or not.
     """
 
     max_tokens: int = 128
@@ -61,6 +64,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     prompt_logprobs: int | None = None
     best_of: int | None = None
+    structured_output: StructuredOutput | None = None
 
     def __post_init__(self):
         if self.max_tokens < 1:
@@ -188,15 +192,21 @@ class Constraints:
     Attributes:
       bias_token: tokens with a bias; a number beyond the vocabulary: none.
       bias: added to their logits.
+      allowed: a bit per token, the lowest first: whether a grammar lets it come next; ``None``: no row has a grammar.
     """
 
     bias_token: Int[Array | np.ndarray, "rows biases"]
     bias: Float[Array | np.ndarray, "rows biases"]
+    allowed: UInt32[Array | np.ndarray, "rows words"] | None = None
 
     def apply(self, logits: Float[Array, "rows vocab"]) -> Float[Array, "rows vocab"]:
         """Logits with biases; -inf forbids a token."""
-        rows = jnp.arange(logits.shape[0])[:, None]
-        return logits.at[rows, self.bias_token].add(self.bias, mode="drop")
+        rows, vocab = logits.shape
+        logits = logits.at[jnp.arange(rows)[:, None], self.bias_token].add(self.bias, mode="drop")
+        if self.allowed is None:
+            return logits
+        bits = (self.allowed[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+        return jnp.where(bits.reshape(rows, -1)[:, :vocab] == 1, logits, -jnp.inf)
 
 
 @flax.struct.dataclass

@@ -96,6 +96,11 @@ class Job:
             raise
         self.counts = Counts(len(self._input), before=len(self._input) - len(self._todo))
 
+    @property
+    def structured(self) -> bool:
+        """Whether the engine will need `ServedModel.grammars`."""
+        return self._input.structured
+
     def engine_config(self, **settings: Any) -> EngineConfig:
         """What suits the job on this machine: a cache as large as there is room for, if so much is needed.
 
@@ -225,21 +230,32 @@ class Job:
     def _queue_all(self) -> None:
         """Tells the engine of the whole job at once, so that it can plan."""
         lines = [read for index in self._todo if (read := self._read(index)) is not None]
-        places = [(line, number) for line in lines for number in range(len(line[2].prompts))]
         try:
-            queued = iter(
-                self._engine.add_all(
-                    [request.prompts[number] for (_, _, request), number in places],
-                    [request.sampling[number] for (_, _, request), number in places],
-                    [f"{index}.{number}" for (index, _, _), number in places],
-                )
-            )
-        except UserError:  # of one of them: which one, comes out when they are told one by one
-            for line in lines:
-                self._queue(*line)
-        else:
-            for line in lines:
-                self._expect(*line, list(itertools.islice(queued, len(line[2].prompts))))
+            queued = self._add_all(lines)
+        except UserError:  # the engine refuses one of them; the others are planned nevertheless
+            lines = [line for line in lines if self._possible(*line)]
+            queued = self._add_all(lines)
+        ahead = iter(queued)
+        for line in lines:
+            self._expect(*line, list(itertools.islice(ahead, len(line[2].prompts))))
+
+    def _add_all(self, lines: list[tuple[int, str, TextRequest]]) -> list[list[Sequence]]:
+        places = [(line, number) for line in lines for number in range(len(line[2].prompts))]
+        return self._engine.add_all(
+            [request.prompts[number] for (_, _, request), number in places],
+            [request.sampling[number] for (_, _, request), number in places],
+            [f"{index}.{number}" for (index, _, _), number in places],
+        )
+
+    def _possible(self, index: int, custom_id: str, request: TextRequest) -> bool:
+        """Whether the engine takes a line; it is not queued."""
+        for prompt, sampling in zip(request.prompts, request.sampling, strict=True):
+            try:
+                self._engine.cancel(self._engine.add(prompt, sampling, "trial")[0].request.id)
+            except UserError as error:
+                self._fail(index, custom_id, error)
+                return False
+        return True
 
     def _expect(self, index: int, custom_id: str, request: TextRequest, samples: list[list[Sequence]]) -> None:
         line = _Line(index, custom_id, request, [each[0] for each in samples])

@@ -9,6 +9,8 @@ from ml.serve.sampling import SamplingParams
 from ml.serve.text.fields import FieldError, Fields
 from ml.serve.text.messages import chat_messages, chat_tools
 from ml.serve.text.served_model import ServedModel
+from ml.serve.text.structured import FIELDS as STRUCTURED
+from ml.serve.text.structured import structured_output
 
 # OpenAI's default for completions; a chat may use all the room that there is.
 _COMPLETION_TOKENS = 16
@@ -31,6 +33,7 @@ _COMMON = (
     "stop_token_ids",
     "stream",
     "stream_options",
+    *STRUCTURED,
     # Taken and of no effect here: accounting, storage and hints of OpenAI's.
     "metadata",
     "prompt_cache_key",
@@ -50,7 +53,6 @@ _OF_CHATS = frozenset(
         "modalities",
         "parallel_tool_calls",
         "reasoning_effort",
-        "response_format",
         "tool_choice",
         "tools",
         "top_logprobs",
@@ -138,8 +140,6 @@ def read_chat(
     for name in ("messages", "tools", "add_generation_prompt"):
         if name in more:
             raise FieldError("chat_template_kwargs", f"{name!r} is a field of its own: put it there")
-    if (fields.mapping("response_format") or {}).get("type", "text") != "text":
-        raise FieldError("response_format", 'type must be "text"')
     if fields.listing("modalities") not in (None, ["text"]):
         raise FieldError("modalities", 'must be ["text"]')
     top = fields.integer("top_logprobs")
@@ -239,6 +239,7 @@ def _sampling(fields: Fields, model: ServedModel, seed: int, logprobs: int | Non
         raise FieldError("stop_token_ids", f"must be a list of token ids, 0 to {last}")
     values["stop_token_ids"] = tuple(ids)
     values["stop"] = _stop(fields)
+    values["structured_output"] = structured_output(fields)
     biases = {}
     for token, bias in (fields.mapping("logit_bias") or {}).items():
         if not token.isdecimal() or len(token) > 9 or int(token) > last:
