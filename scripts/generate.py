@@ -15,6 +15,7 @@ from ml.errors import UserError
 from ml.serve import Completion, Engine, EngineConfig, SamplingParams, ServedModel, TextStream
 from ml.serve.batch import Job
 from ml.serve.batch.job import terminable
+from ml.serve.scheduling.schedules import SCHEDULES
 from ml.serve.text.served_model import serving_dtype
 
 USAGE = """Continues text with a model: the work directory of a training run, or a Hugging Face folder with tokenizer.
@@ -39,7 +40,7 @@ _STEP = flags.DEFINE_integer("step", None, "Checkpoint of a work directory (defa
 _INPUT = flags.DEFINE_string("input", None, "Requests in OpenAI's Batch file format, one a line.")
 _OUTPUT = flags.DEFINE_string("output", None, "File that gets a line for each request of --input.")
 _ERRORS = flags.DEFINE_string("errors", None, "File for the lines of requests that fail (default: --output too).")
-_SCHEDULE = flags.DEFINE_enum("schedule", "prefix", ["fifo", "prefix"], "In which order --input is worked through.")
+_SCHEDULE = flags.DEFINE_enum("schedule", "planned", sorted(SCHEDULES), "Order of --input.")
 _CHAT_TEMPLATE = flags.DEFINE_string("chat_template", None, "Jinja file to use instead of the model's own.")
 
 _DEFAULT_MAX_TOKENS = 128
@@ -89,7 +90,8 @@ def _answer_file(model: ServedModel) -> None:
     assert source is not None and output is not None  # see _check_job_flags
     job = Job(model, source, output, errors)
     settings = job.engine_config(schedule=_SCHEDULE.value, dtype=serving_dtype())
-    engine = Engine(model.config, model.params, settings, stop_ids=model.stop_ids)
+    grammars = model.grammars() if job.structured else None
+    engine = Engine(model.config, model.params, settings, stop_ids=model.stop_ids, grammars=grammars)
     with terminable():
         result = job.run(engine, seed=_SEED.value)
     if result.interrupted:

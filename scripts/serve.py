@@ -53,6 +53,7 @@ _CACHE_DTYPE = flags.DEFINE_enum(
 _TOKEN_BUDGET = flags.DEFINE_integer("token_budget", 512, "Most tokens fed in a step.", lower_bound=1)
 _DECODE_STEPS = flags.DEFINE_integer("decode_steps", 8, "Most tokens between two looks: the stream's grain.", 1)
 _SCHEDULE = flags.DEFINE_enum("schedule", "fifo", ["fifo", "prefix"], "Who goes first; prefix: whose prompt is cached.")
+_WARM_UP = flags.DEFINE_bool("warm_up", True, "Compile before the first request comes.")
 _TIMEOUT = flags.DEFINE_float("request_timeout", 600.0, "Most seconds that a request may take.", lower_bound=0.001)
 _DRAIN = flags.DEFINE_float("drain_seconds", 30.0, "Most seconds that requests get after SIGTERM.", lower_bound=0)
 _MAX_BODY = flags.DEFINE_integer("max_body_mb", 32, "Largest body of a request, in MiB.", lower_bound=1)
@@ -89,7 +90,11 @@ def main() -> None:
             cache_dtype=_CACHE_DTYPE.value,
         ),
         stop_ids=model.stop_ids,
+        grammars=model.grammars(),
     )
+    if _WARM_UP.value:
+        print("compiling ahead", file=sys.stderr, flush=True)
+        engine.warm_up()
     settings = ServerSettings(
         max_length=min(longest, tokens),
         api_key=_API_KEY.value or os.environ.get("MEGABATCH_API_KEY") or None,

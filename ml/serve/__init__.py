@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from ml.serve.completion import Completion
     from ml.serve.engine import Engine
     from ml.serve.engine_config import EngineConfig
+    from ml.serve.grammar import Grammars, StructuredOutput
     from ml.serve.sampling import SamplingParams
     from ml.serve.text.served_model import ServedModel
     from ml.serve.text.stop_strings import StoppableText
@@ -20,10 +21,12 @@ _HOME = {
     "Completion": "completion",
     "Engine": "engine",
     "EngineConfig": "engine_config",
+    "Grammars": "grammar",
     "PagedAttention": "cached_attention",
     "SamplingParams": "sampling",
     "ServedModel": "text.served_model",
     "StoppableText": "text.stop_strings",
+    "StructuredOutput": "grammar",
     "TextStream": "text.text_stream",
     "empty_cache": "cached_attention",
 }
@@ -32,10 +35,12 @@ __all__ = [
     "Completion",
     "Engine",
     "EngineConfig",
+    "Grammars",
     "PagedAttention",
     "SamplingParams",
     "ServedModel",
     "StoppableText",
+    "StructuredOutput",
     "TextStream",
     "empty_cache",
 ]

@@ -33,7 +33,7 @@ def completions(server: Server) -> APIRouter:
 async def _respond(server: Server, url: str, body: Generation, request: Request) -> Response:
     sent: dict[str, Any] = body.sent()
     options = sent.pop("stream_options", None)
-    if not sent.pop("stream", None):
+    if not sent.get("stream"):
         if options is not None:
             raise FieldError("stream_options", "needs stream: true beside it")
         return JSONResponse(await while_connected(request, server.complete(url, sent)))

@@ -126,7 +126,9 @@ class Driver:
           RequestError: the engine has broken down.
         """
         event = asyncio.Event()
-        streams = [self._stream(len(prompt), each.n, event) for prompt, each in zip(prompts, sampling, strict=True)]
+        streams = [
+            self._stream(len(prompt), each.samples, event) for prompt, each in zip(prompts, sampling, strict=True)
+        ]
         with self._condition:
             if self._broken is not None:
                 raise RequestError("the engine has broken down") from self._broken
@@ -263,7 +265,7 @@ class Driver:
             tokens, logprobs = list(update.tokens), logprobs or []
             if reason is FinishReason.STOP:
                 tokens = tokens[:-1]
-            delta = Delta(update.sequence.index, tokens, logprobs[: len(tokens)], reason and reason.value)
+            delta = Delta(update.sequence.index, tokens, logprobs, reason and reason.value)
             if self._put(entry, delta, drawn=len(update.tokens)):
                 touched.add(entry.stream)
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 
-import jax.monitoring
 import prometheus_client
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
@@ -15,15 +14,6 @@ from ml.serve.engine import Engine
 _FIRST = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _BETWEEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 _WHOLE = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
-_compilations = 0
-
-
-def _count_compilation(event: str, duration_secs: float, **_: str | int) -> None:
-    global _compilations
-    _compilations += event == "/jax/core/compile/backend_compile_duration"
-
-
-jax.monitoring.register_event_duration_secs_listener(_count_compilation)
 
 
 class Metrics(Observer):
@@ -91,4 +81,4 @@ class _State(Collector):
         yield counter("megabatch_generation_tokens", "Drawn.", counts.decoded)
         yield counter("megabatch_num_preemptions", "Sequences that lost their pages.", counts.preemptions)
         yield counter("megabatch_engine_steps", "Dispatches to the device.", counts.steps)
-        yield counter("megabatch_compilations", "Programs compiled by this process.", _compilations)
+        yield counter("megabatch_compilations", "Programs compiled while requests waited.", counts.compilations)

@@ -63,6 +63,7 @@ class CompletionBody(Generation):
     """Of ``/v1/completions``."""
 
     prompt: Texts
+    best_of: int | None = Field(None, ge=1, le=1024)
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     suffix: str | None = Field(None, description="Not supported.")

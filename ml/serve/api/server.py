@@ -45,7 +45,7 @@ class Server:
         self.check_model(body)
         seed = secrets.randbits(32)
         request = await asyncio.to_thread(reader(url), body, self.model, max_length=self.settings.max_length, seed=seed)
-        samples = sum(each.n for each in request.sampling)
+        samples = sum(each.samples for each in request.sampling)
         if samples > self.driver.capacity:
             raise ApiError(
                 400,

@@ -19,7 +19,7 @@ class Delta:
     Attributes:
       index: which of the request's samples.
       tokens: those that are new, without the stop token.
-      logprobs: of each of them, if they were asked for.
+      logprobs: of each of them, and of the stop token, if they are needed.
       finish_reason: ``stop``, ``length`` or ``cancelled`` with a sample's last news, else ``None``.
     """
 

@@ -5,6 +5,9 @@ from pathlib import Path
 
 from ml.errors import UserError
 from ml.serve.batch.lines import BatchLine, LineError, line_digest, read_line
+from ml.serve.text.structured import FIELDS
+
+_STRUCTURED = tuple(name.encode() for name in FIELDS)
 
 
 class InputFile:
@@ -13,6 +16,7 @@ class InputFile:
     Attributes:
       path: of the file.
       digests: of each line, see `line_digest`.
+      structured: whether a line seems to ask for a structured output.
       errors: what is wrong with lines that are no requests, by index.
     """
 
@@ -25,6 +29,7 @@ class InputFile:
         self.path = path
         self.digests: list[bytes] = []
         self.errors: dict[int, LineError] = {}
+        self.structured = False
         self._numbers, self._offsets = array.array("q"), array.array("q")
         try:
             self._file = path.open("rb")
@@ -60,6 +65,7 @@ class InputFile:
         first: dict[str, int] = {}
         offset = 0
         for number, raw in enumerate(self._file, start=1):
+            self.structured |= any(name in raw for name in _STRUCTURED)
             if raw.strip():
                 try:
                     name = read_line(raw).custom_id

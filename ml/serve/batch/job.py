@@ -1,7 +1,9 @@
 """An offline job: the requests of a file through an engine, each answered by a line of another file."""
 
+import array
 import contextlib
 import dataclasses
+import itertools
 import signal
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -94,6 +96,11 @@ class Job:
             raise
         self.counts = Counts(len(self._input), before=len(self._input) - len(self._todo))
 
+    @property
+    def structured(self) -> bool:
+        """Whether the engine will need `ServedModel.grammars`."""
+        return self._input.structured
+
     def engine_config(self, **settings: Any) -> EngineConfig:
         """What suits the job on this machine: a cache as large as there is room for, if so much is needed.
 
@@ -113,7 +120,7 @@ class Job:
         engine: Engine,
         *,
         seed: int = 0,
-        window: int | None = _WINDOW,
+        window: int = _WINDOW,
         console: rich.console.Console | None = None,
     ) -> JobResult:
         """Answers what is left. An interrupt (Ctrl-C) ends it with all that is finished kept.
@@ -121,7 +128,7 @@ class Job:
         Args:
           engine: with nothing else to do.
           seed: requests that give no seed get one from this and their ``custom_id``.
-          window: most requests that the engine is told of at once; ``None``: all of them, so that it can plan.
+          window: most lines that the engine is told of at once; of all, if its schedule is ``planned``.
           console: where progress is shown; ``None``: standard error.
         """
         self._engine, self._seed = engine, seed
@@ -172,21 +179,25 @@ class Job:
                 done.add(places[digest])
         return [index for index in range(len(self._input)) if index not in done]
 
-    def _answer_all(self, window: int | None) -> None:
-        ahead = iter(self._todo)
+    def _answer_all(self, window: int) -> None:
+        planned = self._engine.engine.schedule == "planned"
+        ahead = iter(() if planned else self._todo)
+        if planned:
+            self._queue_all()
         more = True
         while more or self._engine.unfinished:
-            while more and (window is None or self._open < window):
+            while more and self._open < window:
                 index = next(ahead, None)
                 if index is None:
                     more = False
-                    break
-                self._begin(index)
+                elif (read := self._read(index)) is not None:
+                    self._queue(*read)
             for update, logprobs in self._engine.step():
                 self._take(update, logprobs)
             self._progress.update()
 
-    def _begin(self, index: int) -> None:
+    def _read(self, index: int) -> tuple[int, str, TextRequest] | None:
+        """A line as a request; ``None``: it is none, which has been said."""
         name = None
         try:
             line = self._input.read(index)
@@ -197,29 +208,62 @@ class Job:
                 raise FieldError("stream", "must be false in a batch: answers come as a whole")
             longest = self._engine.engine.max_length
             request = read(line.body, self._model, max_length=longest, seed=default_seed(name, self._seed))
-            self._add(index, name, request)
         except UserError as error:
-            if isinstance(error, LineError):
-                name = error.custom_id
-            self._fail(index, name, error)
+            self._fail(index, error.custom_id if isinstance(error, LineError) else name, error)
+            return None
+        # Many may wait: lists would take eight times the room.
+        prompts = tuple(array.array("i", prompt) for prompt in request.prompts)
+        return index, name, dataclasses.replace(request, prompts=prompts)
 
-    def _add(self, index: int, custom_id: str, request: TextRequest) -> None:
-        sequences: list[Sequence] = []
+    def _queue(self, index: int, custom_id: str, request: TextRequest) -> None:
+        samples: list[list[Sequence]] = []
         try:
             for number, (prompt, sampling) in enumerate(zip(request.prompts, request.sampling, strict=True)):
-                sequences += self._engine.add(prompt, sampling, f"{index}.{number}")
-        except UserError:
-            for sequence in sequences:
-                self._engine.cancel(sequence.request.id)
-            raise
-        # Many prompts may wait: the engine has them already, in an eighth of the room that lists take.
-        firsts = [sequence for sequence in sequences if sequence.index == 0]
-        request = dataclasses.replace(request, prompts=tuple(sequence.request.tokens for sequence in firsts))
-        line = _Line(index, custom_id, request, firsts)
-        for sequence in sequences:
-            sample = SampleText(self._model, request, int(sequence.request.id.partition(".")[2]), sequence.index)
-            line.samples.append(sample)
-            self._samples[id(sequence)] = (line, sample)
+                samples.append(self._engine.add(prompt, sampling, f"{index}.{number}"))
+        except UserError as error:
+            for each in samples:
+                self._engine.cancel(each[0].request.id)
+            self._fail(index, custom_id, error)
+        else:
+            self._expect(index, custom_id, request, samples)
+
+    def _queue_all(self) -> None:
+        """Tells the engine of the whole job at once, so that it can plan."""
+        lines = [read for index in self._todo if (read := self._read(index)) is not None]
+        try:
+            queued = self._add_all(lines)
+        except UserError:  # the engine refuses one of them; the others are planned nevertheless
+            lines = [line for line in lines if self._possible(*line)]
+            queued = self._add_all(lines)
+        ahead = iter(queued)
+        for line in lines:
+            self._expect(*line, list(itertools.islice(ahead, len(line[2].prompts))))
+
+    def _add_all(self, lines: list[tuple[int, str, TextRequest]]) -> list[list[Sequence]]:
+        places = [(line, number) for line in lines for number in range(len(line[2].prompts))]
+        return self._engine.add_all(
+            [request.prompts[number] for (_, _, request), number in places],
+            [request.sampling[number] for (_, _, request), number in places],
+            [f"{index}.{number}" for (index, _, _), number in places],
+        )
+
+    def _possible(self, index: int, custom_id: str, request: TextRequest) -> bool:
+        """Whether the engine takes a line; it is not queued."""
+        for prompt, sampling in zip(request.prompts, request.sampling, strict=True):
+            try:
+                self._engine.cancel(self._engine.add(prompt, sampling, "trial")[0].request.id)
+            except UserError as error:
+                self._fail(index, custom_id, error)
+                return False
+        return True
+
+    def _expect(self, index: int, custom_id: str, request: TextRequest, samples: list[list[Sequence]]) -> None:
+        line = _Line(index, custom_id, request, [each[0] for each in samples])
+        for number, each in enumerate(samples):
+            for sequence in each:
+                sample = SampleText(self._model, request, number, sequence.index)
+                line.samples.append(sample)
+                self._samples[id(sequence)] = (line, sample)
         self._open += 1
 
     def _take(self, update: Update, logprobs: list[TokenLogprobs] | None) -> None:

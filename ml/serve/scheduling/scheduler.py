@@ -52,6 +52,16 @@ class Scheduler:
         """Whether anything is left to do."""
         return bool(self._waiting or self._running)
 
+    def use(self, policy: Fifo) -> None:
+        """Goes on with another policy.
+
+        Raises:
+          RuntimeError: something is unfinished, whose rank is the old policy's.
+        """
+        if self.unfinished:
+            raise RuntimeError("the policy can change only while nothing is unfinished")
+        self.policy = policy
+
     def add(self, request: Request) -> list[Sequence]:
         """Queues a request; returns its samples.
 

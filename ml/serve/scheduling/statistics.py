@@ -15,6 +15,8 @@ class Statistics:
       decoded: drawn.
       preemptions: sequences that lost their pages.
       peak_pages: most pages that sequences held at once.
+      failed: requests that ended because something went wrong with them alone.
+      compilations: programs that steps had to wait for, since the warm-up.
     """
 
     steps: int = 0
@@ -24,6 +26,8 @@ class Statistics:
     decoded: int = 0
     preemptions: int = 0
     peak_pages: int = 0
+    failed: int = 0
+    compilations: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,6 +29,7 @@ class SampleText:
         self._tokenizer, self._request = model.tokenizer, request
         self.prompt, self.index = prompt, index
         self._wants_logprobs = request.sampling[prompt].logprobs is not None
+        self._sum, self._counted = 0.0, 0
         self.tokens: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
         self.finish_reason: str | None = None
@@ -38,7 +39,7 @@ class SampleText:
         request = self._request
         return StoppableText(
             TextStream(self._tokenizer.decode, request.prompts[self.prompt]),
-            request.stop,
+            request.sampling[self.prompt].stop,
             request.include_stop,
             min_tokens=request.sampling[self.prompt].min_tokens,
         )
@@ -54,8 +55,13 @@ class SampleText:
         return self._text.stopped is not None
 
     @property
+    def mean_logprob(self) -> float:
+        """Per token: by what ``best_of`` chooses; only where it does, or where log-probabilities were asked for."""
+        return self._sum / self._counted if self._counted else -float("inf")
+
+    @property
     def number(self) -> int:
-        """Its place among the choices of the answer."""
+        """Its place among the choices of the answer, unless ``best_of`` chooses."""
         return self.prompt * self._request.sampling[0].n + self.index
 
     def push(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs] | None = None) -> str:
@@ -64,8 +70,12 @@ class SampleText:
         new = self._text.push(tokens)
         used = self._text.tokens - before
         self.tokens += tokens[:used]
-        if self._wants_logprobs and logprobs is not None:
-            self.logprobs += logprobs[:used]
+        if logprobs is not None:
+            self.logprobs += logprobs[:used] if self._wants_logprobs else ()
+            # Where `best_of` chooses, a stop token counts.
+            counted = logprobs[: used if used < len(tokens) else len(logprobs)]
+            self._sum += sum(each.logprob for each in counted)
+            self._counted += len(counted)
         if self.stopped:
             self.finish_reason = "stop"
         return new
@@ -79,9 +89,9 @@ class SampleText:
             self.finish_reason = str(reason)
         return rest
 
-    def choice(self) -> dict[str, Any]:
-        """It as one of the answer's choices."""
-        common = {"index": self.number, "finish_reason": self.finish_reason}
+    def choice(self, number: int | None = None) -> dict[str, Any]:
+        """It as one of the answer's choices; ``number``: which, if not its own."""
+        common = {"index": self.number if number is None else number, "finish_reason": self.finish_reason}
         if self._request.chat:
             message = {"role": "assistant", "content": self.text, "refusal": None}
             return {**common, "message": message, "logprobs": self.choice_logprobs()}
@@ -147,9 +157,19 @@ def answer(
         "object": "chat.completion" if request.chat else "text_completion",
         "created": int(time.time()) if created is None else created,
         "model": model.name,
-        "choices": [sample.choice() for sample in sorted(samples, key=lambda sample: sample.number)],
+        "choices": _choices(request, samples),
         "usage": usage(request, samples, cached),
     }
+
+
+def _choices(request: TextRequest, samples: Sequence[SampleText]) -> list[dict[str, Any]]:
+    chosen: list[SampleText] = []
+    for prompt, sampling in enumerate(request.sampling):
+        own = sorted((s for s in samples if s.prompt == prompt), key=lambda s: s.index)
+        if len(own) > sampling.n:
+            own.sort(key=lambda s: s.mean_logprob, reverse=True)
+        chosen += own[: sampling.n]
+    return [sample.choice(number) for number, sample in enumerate(chosen)]
 
 
 def usage(request: TextRequest, samples: Sequence[SampleText], cached: Sequence[int]) -> Mapping[str, Any]:

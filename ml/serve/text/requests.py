@@ -9,6 +9,8 @@ from ml.serve.sampling import SamplingParams
 from ml.serve.text.fields import FieldError, Fields
 from ml.serve.text.messages import chat_messages, chat_tools
 from ml.serve.text.served_model import ServedModel
+from ml.serve.text.structured import FIELDS as STRUCTURED
+from ml.serve.text.structured import structured_output
 
 # OpenAI's default for completions; a chat may use all the room that there is.
 _COMPLETION_TOKENS = 16
@@ -31,6 +33,7 @@ _COMMON = (
     "stop_token_ids",
     "stream",
     "stream_options",
+    *STRUCTURED,
     # Taken and of no effect here: accounting, storage and hints of OpenAI's.
     "metadata",
     "prompt_cache_key",
@@ -39,7 +42,7 @@ _COMMON = (
     "store",
     "user",
 )
-_OF_COMPLETIONS = frozenset({*_COMMON, "echo", "prompt", "suffix"})
+_OF_COMPLETIONS = frozenset({*_COMMON, "best_of", "echo", "prompt", "suffix"})
 _OF_CHATS = frozenset(
     {
         *_COMMON,
@@ -50,7 +53,6 @@ _OF_CHATS = frozenset(
         "modalities",
         "parallel_tool_calls",
         "reasoning_effort",
-        "response_format",
         "tool_choice",
         "tools",
         "top_logprobs",
@@ -66,15 +68,13 @@ class TextRequest:
       chat: whether it is a conversation; else prompts to complete.
       prompts: token ids of each prompt.
       sampling: of each prompt.
-      stop: strings that end a text.
-      include_stop: whether such a string is part of the text.
+      include_stop: whether the string that ends a text (``SamplingParams.stop``) is part of it.
       echo: the text of each prompt, to be put before what is written; empty: none.
     """
 
     chat: bool
     prompts: tuple[Sequence[int], ...]
     sampling: tuple[SamplingParams, ...]
-    stop: tuple[str, ...] = ()
     include_stop: bool = False
     echo: tuple[str, ...] = ()
 
@@ -101,6 +101,12 @@ def read_completion(
     most = fields.integer("max_tokens")
     sampling = _sampling(fields, model, seed, logprobs)
     n = sampling["n"]
+    if (best_of := fields.integer("best_of")) is not None:
+        if best_of > _MOST_SAMPLES:
+            raise FieldError("best_of", f"is {best_of}; at most {_MOST_SAMPLES}")
+        if best_of > n and fields.flag("stream"):
+            raise FieldError("best_of", "does not go together with stream: the best is known at the end")
+        sampling["best_of"] = best_of
     echo: tuple[str, ...] = ()
     if fields.flag("echo"):
         if logprobs is not None:
@@ -111,12 +117,11 @@ def read_completion(
         prompts=tuple(prompts),
         sampling=tuple(
             _build(
-                {**sampling, "seed": (sampling["seed"] + i * n) % 2**32},
+                {**sampling, "seed": (sampling["seed"] + i * (best_of or n)) % 2**32},
                 _room(prompt, "prompt", most, _COMPLETION_TOKENS, max_length or model.config.max_length),
             )
             for i, prompt in enumerate(prompts)
         ),
-        stop=_stop(fields),
         include_stop=fields.flag("include_stop_str_in_output"),
         echo=echo,
     )
@@ -135,8 +140,6 @@ def read_chat(
     for name in ("messages", "tools", "add_generation_prompt"):
         if name in more:
             raise FieldError("chat_template_kwargs", f"{name!r} is a field of its own: put it there")
-    if (fields.mapping("response_format") or {}).get("type", "text") != "text":
-        raise FieldError("response_format", 'type must be "text"')
     if fields.listing("modalities") not in (None, ["text"]):
         raise FieldError("modalities", 'must be ["text"]')
     top = fields.integer("top_logprobs")
@@ -156,7 +159,6 @@ def read_chat(
         chat=True,
         prompts=(prompt,),
         sampling=(_build(sampling, length, name),),
-        stop=_stop(fields),
         include_stop=fields.flag("include_stop_str_in_output"),
     )
 
@@ -236,6 +238,8 @@ def _sampling(fields: Fields, model: ServedModel, seed: int, logprobs: int | Non
     if not _are_ids(ids) or not all(0 <= i <= last for i in ids):
         raise FieldError("stop_token_ids", f"must be a list of token ids, 0 to {last}")
     values["stop_token_ids"] = tuple(ids)
+    values["stop"] = _stop(fields)
+    values["structured_output"] = structured_output(fields)
     biases = {}
     for token, bias in (fields.mapping("logit_bias") or {}).items():
         if not token.isdecimal() or len(token) > 9 or int(token) > last:

@@ -16,6 +16,7 @@ from ml.checkpoint.pretrained import load_model
 from ml.data.tokenizer import Tokenizer, check_vocab
 from ml.errors import UserError
 from ml.models import TransformerConfig
+from ml.serve.grammar import Grammars
 from ml.serve.text.chat_template import ChatTemplate
 
 
@@ -100,6 +101,10 @@ class ServedModel:
         # What a template writes begins with the opening tokens where the model wants them.
         text = self.chat_template.render(messages, tools, add_generation_prompt, **more)
         return self.tokenizer.encode(text, parse_special=True) or [self.tokenizer.bos_id]
+
+    def grammars(self) -> Grammars:
+        """What an engine needs for requests with a structured output; takes a second for a large vocabulary."""
+        return Grammars(self.tokenizer, self.config.vocab_size, self.stop_ids)
 
 
 def serving_dtype() -> Any:

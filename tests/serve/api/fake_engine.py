@@ -56,9 +56,9 @@ class FakeEngine:
             raise UserError("prompt: is empty")
         self.threads.add(threading.get_ident())
         request = types.SimpleNamespace(id=request_id, sampling=sampling)
-        self.samples[request_id] = [Sample(request, i, sampling.max_tokens) for i in range(sampling.n)]
+        self.samples[request_id] = [Sample(request, i, sampling.max_tokens) for i in range(sampling.samples)]
         self.added.append(request_id)
-        self._unfinished += sampling.n
+        self._unfinished += sampling.samples
         self.most = max(self.most, self._unfinished)
         return self.samples[request_id]
 

@@ -14,7 +14,7 @@ from tiny_server import CONFIG, tiny_model
 
 from ml.checkpoint.pretrained import save_workdir
 
-FLAGS = ["--port=0", "--max_running=1", "--token_budget=16", "--decode_steps=1"]
+FLAGS = ["--port=0", "--max_running=1", "--token_budget=16", "--decode_steps=1", "--nowarm_up"]
 
 
 @pytest.fixture(scope="module")

@@ -170,6 +170,31 @@ def test_each_wrong_line_gets_its_own_error_and_the_others_their_answers(tmp_pat
     assert _read(tmp_path / "out.jsonl") == records
 
 
+def test_one_wrong_request_does_not_keep_a_job_from_being_planned_or_answered(tmp_path):
+    lines = [_line("a"), _line("b", prompt=["x", [1] * 51], max_tokens=1), _line("c", temperature="x"), _line("d")]
+    engine = ScriptedEngine(schedule="planned")
+    result, _ = _run(_write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl", engine)
+    assert (result.counts.answered, result.counts.failed, engine.planned) == (2, 2, 2)
+    assert not engine.unfinished
+
+
+def test_the_best_of_several(tmp_path):
+    lines = [
+        _line("a", prompt=["x", "y"], n=2, best_of=4, max_tokens=6),
+        _line("b", prompt=["x", "y"], n=4, max_tokens=6),
+    ]
+    _run(_write(tmp_path / "in.jsonl", [lines[0] | {"custom_id": "b"}]), tmp_path / "best.jsonl")
+    _run(_write(tmp_path / "in2.jsonl", [lines[1]]), tmp_path / "all.jsonl")
+    (best,), (every,) = _read(tmp_path / "best.jsonl"), _read(tmp_path / "all.jsonl")
+    best, every = (each["response"]["body"] for each in (best, every))
+    texts = [choice["text"] for choice in every["choices"]]
+    # The scripted engine gives samples of even index the better log-probabilities.
+    assert [(c["index"], c["text"], c["logprobs"]) for c in best["choices"]] == [
+        (number, texts[place], None) for number, place in enumerate((0, 2, 4, 6))
+    ]
+    assert best["usage"] == every["usage"]
+
+
 def test_errors_may_have_a_file_of_their_own(tmp_path):
     source = _write(tmp_path / "in.jsonl", [_line("a"), _line("b", n="x"), _line("c")])
     _run(source, tmp_path / "out.jsonl", errors=tmp_path / "errors.jsonl")
@@ -207,8 +232,8 @@ def _sorted(path):
     return sorted(map(text, _read(path)))
 
 
-@pytest.mark.parametrize("window", [7, None])
-def test_an_interrupted_job_goes_on_without_losing_or_doubling_a_line(tmp_path, window):
+@pytest.mark.parametrize("schedule", ["fifo", "planned"])
+def test_an_interrupted_job_goes_on_without_losing_or_doubling_a_line(tmp_path, schedule):
     source = _job(tmp_path)
     _run(source, tmp_path / "whole.jsonl")
     whole = _sorted(tmp_path / "whole.jsonl")
@@ -216,7 +241,9 @@ def test_an_interrupted_job_goes_on_without_losing_or_doubling_a_line(tmp_path, 
     rng, interrupted = random.Random(1), 0
     for _ in range(100):
         output = tmp_path / "out.jsonl"
-        result, shown = _run(source, output, ScriptedEngine(interrupt_after=rng.randrange(30)), window=window)
+        result, shown = _run(
+            source, output, ScriptedEngine(interrupt_after=rng.randrange(30), schedule=schedule), window=7
+        )
         interrupted += result.interrupted
         if not result.interrupted:
             break
@@ -240,11 +267,11 @@ def test_seeds_of_requests_that_give_none_differ_and_are_the_same_in_every_run(t
 
 def test_the_engine_is_told_of_a_window_of_requests(tmp_path):
     source = _job(tmp_path)
-    small, large = ScriptedEngine(), ScriptedEngine()
+    small, large = ScriptedEngine(), ScriptedEngine(schedule="planned")
     _run(source, tmp_path / "small.jsonl", small, window=4)
     assert small.most_known <= 4 * 3
-    _run(source, tmp_path / "large.jsonl", large, window=None)
-    assert large.most_known > 60
+    _run(source, tmp_path / "large.jsonl", large, window=4)
+    assert large.most_known > large.planned > 60 - 1
     assert _sorted(tmp_path / "small.jsonl") == _sorted(tmp_path / "large.jsonl")
 
 

@@ -6,6 +6,7 @@ import math
 import pytest
 from text_model import text_model
 
+from ml.serve.grammar import StructuredOutput
 from ml.serve.sampling import SamplingParams
 from ml.serve.text.fields import FieldError
 from ml.serve.text.requests import check_model, read_chat, read_completion, reader
@@ -26,7 +27,7 @@ def test_what_is_left_out_has_openais_defaults():
     request = _completion()
     assert request.prompts == (MODEL.encode("Äpfel"),)
     assert request.sampling == (SamplingParams(max_tokens=16),)
-    assert (request.chat, request.stop, request.echo) == (False, (), ())
+    assert (request.chat, request.include_stop, request.echo) == (False, False, ())
     chat = _chat()
     assert chat.chat
     assert chat.prompts == (MODEL.encode_chat([USER]),)
@@ -51,17 +52,33 @@ def test_every_parameter_arrives():
         "n": 3,
         "logprobs": 2,
     }
-    expected = SamplingParams(**given, logit_bias={5: -100.0}, stop_token_ids=(1, 2))
-    request = _completion(**given, logit_bias={"5": -100}, stop_token_ids=[1, 2], stop=["a", "€"])
+    expected = SamplingParams(**given, logit_bias={5: -100.0}, stop_token_ids=(1, 2), stop=("a",))
+    request = _completion(**given, logit_bias={"5": -100}, stop_token_ids=[1, 2], stop=["a"])
     assert request.sampling == (expected,)
-    assert request.stop == ("a", "€")
+    assert _completion(stop=["a", "€"], best_of=3).sampling[0] == SamplingParams(16, stop=("a", "€"), best_of=3)
     chat = _chat(**{**given, "logprobs": True}, top_logprobs=2, logit_bias={"5": -100}, stop_token_ids=[1, 2], stop="a")
     assert chat.sampling == (expected,)
-    assert chat.stop == ("a",)
     assert _chat(max_completion_tokens=4, max_tokens=9).sampling[0].max_tokens == 4
     assert _completion(seed=-1).sampling[0].seed == 2**32 - 1
     assert _completion(top_k=-1).sampling[0].top_k == 0
     assert read_completion({"prompt": "x"}, MODEL, seed=5).sampling[0].seed == 5
+
+
+def test_structured_outputs_of_openai_and_vllm():
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    for read in (_completion, _chat):
+        for body, wanted in (
+            ({"response_format": {"type": "text"}}, None),
+            ({"response_format": {"type": "json_object"}}, StructuredOutput(json_object=True)),
+            (
+                {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}},
+                StructuredOutput(json_schema=schema),
+            ),
+            ({"structured_outputs": {"json": schema}}, StructuredOutput(json_schema=schema)),
+            ({"structured_outputs": {"regex": "a+"}}, StructuredOutput(regex="a+")),
+            ({"structured_outputs": {"choice": ["a", "b"]}}, StructuredOutput(choice=("a", "b"))),
+        ):
+            assert read(**body).sampling[0].structured_output == wanted
 
 
 def test_prompts_in_all_their_forms():
@@ -136,6 +153,14 @@ WRONG = [
     ({"logit_bias": {"5": "1"}}, "logit_bias: of token 5 is '1'; must be a number"),
     ({"logit_bias": {"5": 101}}, r"logit_bias\[5\]=101.0"),
     ({"logit_bias": [1]}, r"logit_bias: is \[1\]; must be an object"),
+    ({"response_format": {"type": "xml"}}, "response_format: type is 'xml'; must be one of text, json_object, json"),
+    ({"response_format": {"type": "json_schema"}}, "response_format: json_schema must be"),
+    ({"response_format": "json"}, "response_format: is 'json'; must be an object"),
+    ({"structured_outputs": {"xml": "x"}}, "structured_outputs: has 'xml'; must be one of json, json_object, regex"),
+    ({"structured_outputs": {}}, "structured_outputs: has none of its fields"),
+    ({"structured_outputs": {"regex": 5}}, "structured_outputs: "),
+    ({"structured_outputs": {"choice": [5]}}, "structured_outputs: "),
+    ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "text"}}, "structured_outputs: does not go"),
     ({"ignore_eos": 1}, "ignore_eos: is 1; must be true or false"),
 ]
 WRONG_COMPLETIONS = [
@@ -150,6 +175,9 @@ WRONG_COMPLETIONS = [
     ({"prompt": SURROGATE}, "prompt: holds .* half of a surrogate pair"),
     ({"logprobs": 21}, "logprobs=21: must lie between 0 and 20"),
     ({"logprobs": True}, "logprobs: is True; must be a whole number"),
+    ({"best_of": 2, "n": 3}, "best_of=2: must be at least n=3"),
+    ({"best_of": 10**9}, "best_of: is 1000000000; at most 1024"),
+    ({"best_of": 2, "stream": True}, "best_of: does not go together with stream"),
     ({"suffix": "x"}, "suffix: is not supported"),
     ({"echo": True, "logprobs": 1}, "echo: does not go together with logprobs"),
     ({"messages": []}, "messages: there is no such field"),
@@ -171,7 +199,6 @@ WRONG_CHATS = [
     ({"messages": [{"role": "tool", "content": "x"}]}, "messages: the model's chat template refuses.*cannot begin"),
     ({"tools": [{"type": "x"}]}, r"tools\[0\] must be"),
     ({"tool_choice": "required"}, 'tool_choice: must be "auto" or "none"'),
-    ({"response_format": {"type": "xml"}}, "response_format: type must be"),
     ({"top_logprobs": 3}, "top_logprobs: needs logprobs: true"),
     ({"logprobs": True, "top_logprobs": 21}, "logprobs=21: must lie between 0 and 20"),
     ({"logprobs": 2}, "logprobs: is 2; must be true or false"),
