@@ -86,6 +86,17 @@ def test_samples_differ_and_a_seed_gives_them_again(client):
     assert texts() != texts()  # without one, every request has its own
 
 
+def test_the_best_of_several_is_given_alone(client):
+    def ask(**more):
+        return client.completions.create(model="tiny", prompt="große", max_tokens=8, seed=5, logprobs=2, **more).choices
+
+    samples = ask(n=3)
+    likeliest = max(samples, key=lambda c: sum(c.logprobs.token_logprobs) / len(c.logprobs.token_logprobs))
+    assert [choice.text for choice in ask(best_of=3)] == [likeliest.text]
+    with pytest.raises(openai.BadRequestError, match="best_of"):
+        ask(best_of=3, stream=True)
+
+
 def test_a_streamed_text_is_the_whole_text(client):
     whole = client.completions.create(prompt="naïve 漢字", n=2, logprobs=2, **GREEDY)
     options = {"include_usage": True}
