@@ -1,30 +1,31 @@
 """Continues text with a trained model: the completion on stdout, everything else on stderr."""
 
 import dataclasses
-import json
 import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-import tokenizers
 from absl import flags
 from app import run
 
-from ml.checkpoint.pretrained import load_model
-from ml.data.tokenizer import Tokenizer, check_vocab
+from ml.data.tokenizer import Tokenizer
 from ml.errors import UserError
-from ml.serve import Completion, Generator, SamplingParams, TextStream
+from ml.serve import Completion, Engine, EngineConfig, SamplingParams, ServedModel, TextStream
+from ml.serve.batch import Job
+from ml.serve.batch.job import terminable
+from ml.serve.scheduling.schedules import SCHEDULES
+from ml.serve.text.served_model import serving_dtype
 
 USAGE = """Continues text with a model: the work directory of a training run, or a Hugging Face folder with tokenizer.
 Only the completion goes to stdout; several prompts run as a batch, and their completions follow in order.
+With --input and --output, answers a file in OpenAI's Batch format; a job that was stopped goes on where it was.
 
 Examples:
   python scripts/generate.py --model=runs/quickstart --prompt="def main(" --max_tokens=64
   python scripts/generate.py --model=Qwen3-0.6B --prompt="Once upon a" --prompt="A recipe for" --temperature=0
+  python scripts/generate.py --model=Qwen3-0.6B --input=batch.jsonl --output=out.jsonl --schedule=planned
 """
 
 _MODEL = flags.DEFINE_string("model", None, "Folder of the model.")
@@ -36,38 +37,71 @@ _TOP_P = flags.DEFINE_float("top_p", 0.95, "Draw from the likeliest tokens that 
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from this many likeliest tokens; 0: all.")
 _SEED = flags.DEFINE_integer("seed", 0, "The same seed and prompt give the same text.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint of a work directory (default: the newest).", lower_bound=0)
+_INPUT = flags.DEFINE_string("input", None, "Requests in OpenAI's Batch file format, one a line.")
+_OUTPUT = flags.DEFINE_string("output", None, "File that gets a line for each request of --input.")
+_ERRORS = flags.DEFINE_string("errors", None, "File for the lines of requests that fail (default: --output too).")
+_SCHEDULE = flags.DEFINE_enum("schedule", "planned", sorted(SCHEDULES), "Order of --input.")
+_CHAT_TEMPLATE = flags.DEFINE_string("chat_template", None, "Jinja file to use instead of the model's own.")
 
 _DEFAULT_MAX_TOKENS = 128
+_NOT_WITH_INPUT = ("prompt", "prompt_file", "max_tokens", "temperature", "top_p", "top_k")
 
 
 def main() -> None:
     """Loads, generates, prints."""
+    if _INPUT.value is not None or _OUTPUT.value is not None or _ERRORS.value is not None:
+        _check_job_flags()
+        _answer_file(_load())
+        return
     prompts, wanted = _prompts(), _sampling()
-    if not _MODEL.value:
-        raise UserError("--model is missing: give a work directory or a Hugging Face folder (see generate.py --help)")
-    folder = Path(_MODEL.value).expanduser()
-    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    model = _load()
+    ids = [model.encode(prompt) for prompt in prompts]
+    sampling = [_fit(wanted, len(each), model.config.max_length) for each in ids]
+    lengths = [len(each) + asked.max_tokens for each, asked in zip(ids, sampling, strict=True)]
+    settings = EngineConfig.for_job(lengths, model.config.max_length, dtype=serving_dtype())
+    engine = Engine(model.config, model.params, settings, stop_ids=model.stop_ids)
     try:
-        config, params, tokenizer_path = load_model(folder, step=_STEP.value, dtype=dtype)
-        if tokenizer_path is None:
-            raise UserError(f"{folder} has no tokenizer.json: copy the one the model was trained with there")
-        tokenizer = Tokenizer.load(tokenizer_path, where="tokenizer")
-        check_vocab(tokenizer, config.vocab_size)
-    except UserError as error:
-        raise UserError(f"--model: {error}") from error
-
-    opening = _opening(folder, tokenizer, tokenizer_path)
-    ids = [opening + tokenizer.encode(prompt, parse_special=True) or [tokenizer.bos_id] for prompt in prompts]
-    sampling = [_fit(wanted, len(each), config.max_length) for each in ids]
-    generator = Generator(config, params, stop_ids=_stop_ids(folder, tokenizer), dtype=dtype)
-    try:
-        _print_completions(generator, tokenizer, prompts, ids, sampling)
+        _print_completions(engine, model.tokenizer, prompts, ids, sampling)
     except BrokenPipeError:  # the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _load() -> ServedModel:
+    if not _MODEL.value:
+        raise UserError("--model is missing: give a work directory or a Hugging Face folder (see generate.py --help)")
+    try:
+        return ServedModel.load(_MODEL.value, step=_STEP.value, chat_template=_CHAT_TEMPLATE.value)
+    except UserError as error:
+        raise UserError(f"--model: {error}") from error
+
+
+def _check_job_flags() -> None:
+    for name in ("input", "output"):
+        if not flags.FLAGS[name].value:
+            raise UserError(f"--{name} is missing: --input and --output go together (see generate.py --help)")
+    for name in _NOT_WITH_INPUT:
+        if flags.FLAGS[name].present:
+            raise UserError(f"--{name} does not go with --input: each request says in its body what it wants")
+
+
+def _answer_file(model: ServedModel) -> None:
+    """A job: see `ml.serve.batch`."""
+    source, output, errors = (None if f.value is None else Path(f.value) for f in (_INPUT, _OUTPUT, _ERRORS))
+    assert source is not None and output is not None  # see _check_job_flags
+    job = Job(model, source, output, errors)
+    settings = job.engine_config(schedule=_SCHEDULE.value, dtype=serving_dtype())
+    grammars = model.grammars() if job.structured else None
+    engine = Engine(model.config, model.params, settings, stop_ids=model.stop_ids, grammars=grammars)
+    with terminable():
+        result = job.run(engine, seed=_SEED.value)
+    if result.interrupted:
+        sys.exit(130)
+    if result.counts.failed and not result.counts.answered and not result.counts.before:
+        sys.exit(1)
+
+
 def _print_completions(
-    generator: Generator,
+    engine: Engine,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     ids: Sequence[list[int]],
@@ -85,7 +119,7 @@ def _print_completions(
         texts[index] += new
 
     start = time.perf_counter()
-    completions = generator.generate(ids, sampling, on_tokens)
+    completions = [completion for (completion,) in engine.generate(ids, sampling, on_tokens)]
     for index, stream in enumerate(streams):
         if len(ids) > 1:
             _note(f"--- {index + 1} of {len(ids)}: {_shortened(prompts[index])}")
@@ -154,31 +188,6 @@ def _fit(sampling: SamplingParams, length: int, longest: int) -> SamplingParams:
         )
     _note(f"note: writing at most {room} tokens, to the model's longest sequence, {longest}")
     return dataclasses.replace(sampling, max_tokens=room)
-
-
-def _opening(folder: Path, tokenizer: Tokenizer, tokenizer_path: Path) -> list[int]:
-    """The tokens that every text began with in training."""
-    experiment = folder / "experiment.json"
-    if experiment.is_file() and "data" in json.loads(experiment.read_text(encoding="utf-8")):
-        return [tokenizer.bos_id]  # as ml.data packs documents
-    # A model from elsewhere: its tokenizer says what it puts before a text.
-    model = tokenizers.Tokenizer.from_file(str(tokenizer_path))
-    bare, whole = (model.encode("a", add_special_tokens=special).ids for special in (False, True))
-    starts = [i for i in range(len(whole)) if whole[i : i + len(bare)] == bare]
-    return whole[: starts[0]] if starts else []
-
-
-def _stop_ids(folder: Path, tokenizer: Tokenizer) -> set[int]:
-    """End of text, and what a Hugging Face folder adds to it (the end of a turn, for chat models)."""
-    path = folder / "generation_config.json"
-    more = None
-    if path.is_file():
-        try:
-            more = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        except (ValueError, AttributeError) as error:
-            raise UserError(f"--model: {path} is not a JSON object ({error}): mend or remove it") from error
-    more = more if isinstance(more, list) else [more]
-    return {tokenizer.eos_id, *(each for each in more if isinstance(each, int))}
 
 
 def _shortened(prompt: str) -> str:

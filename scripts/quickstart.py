@@ -47,14 +47,15 @@ def write_samples(workdir: Path, max_tokens: int = 96) -> list[str]:
     """Continues a few prompts with the newest checkpoint in ``workdir``; returns prompt and completion of each."""
     from ml.checkpoint.pretrained import load_model
     from ml.data import Tokenizer
-    from ml.serve import Generator, SamplingParams
+    from ml.serve import Engine, EngineConfig, SamplingParams
 
     config, params, _ = load_model(workdir)
     tokenizer = Tokenizer.load(workdir)
     prompts = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in _PROMPTS]
     sampling = SamplingParams(max_tokens=max_tokens, temperature=0.7, top_p=0.9, seed=0)
-    completions = Generator(config, params, stop_ids=[tokenizer.eos_id]).generate(prompts, sampling)
-    return [prompt + tokenizer.decode(c.tokens) for prompt, c in zip(_PROMPTS, completions, strict=True)]
+    settings = EngineConfig.for_job([len(prompt) + max_tokens for prompt in prompts], config.max_length)
+    completions = Engine(config, params, settings, stop_ids=[tokenizer.eos_id]).generate(prompts, sampling)
+    return [prompt + tokenizer.decode(c.tokens) for prompt, (c,) in zip(_PROMPTS, completions, strict=True)]
 
 
 if __name__ == "__main__":

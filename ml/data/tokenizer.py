@@ -108,6 +108,10 @@ class Tokenizer:
                     raise UserError(f"{where}: {str(extra)!r} is not a JSON object ({error})") from error
         return cls(model, settings, where=str(file))
 
+    def to_json(self) -> str:
+        """The content of its ``tokenizer.json``."""
+        return self._model.to_str()
+
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes ``tokenizer.json`` and ``tokenizer_config.json``, which Hugging Face libraries read as well."""
         folder = Path(folder)

@@ -1,4 +1,4 @@
-"""Attention over a paged key/value cache: one strategy fills it with prompts, the other extends and reads it."""
+"""Attention over a paged key/value cache, which it extends and reads."""
 
 import functools
 from collections.abc import Callable
@@ -10,8 +10,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from ml.models import AttentionLayer, TransformerConfig
-from pallas_kernels import flash_attention as flash
-from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.paged_attention import Implementation, PagedCache, paged_attention, slots, write
 from pallas_kernels.paged_attention.segments import ragged_positions
 from pallas_kernels.shared_prefix_attention import SharedPrefixPlan, shared_prefix_attention
@@ -20,41 +18,6 @@ from pallas_kernels.shared_prefix_attention import SharedPrefixPlan, shared_pref
 def empty_cache(config: TransformerConfig, pages: int, page_size: int, dtype: Any) -> PagedCache:
     """Room for ``pages * page_size`` tokens of all layers; ``dtype`` is that of the activations, or a quantized one."""
     return PagedCache.zeros(config.num_layers, pages, page_size, config.num_kv_heads, config.head_dim, dtype)
-
-
-@flax.struct.dataclass
-class PrefillAttention:
-    """Causal attention within each row, which starts at position 0, and stores the keys and values on the way.
-
-    Rows may be padded on the right: no real token sees the padding, and what the padding leaves in the cache is
-    overwritten by `PagedAttention` before it comes into sight.
-
-    Attributes:
-      block_table: the pages of each row; a token beyond them is not stored.
-      implementation: see `pallas_kernels.flash_attention`.
-    """
-
-    block_table: Int[Array, "batch pages_per_sequence"]
-    implementation: flash.Implementation = flax.struct.field(pytree_node=False, default="auto")
-
-    def attend(
-        self, layer: AttentionLayer, query: jax.Array, key: jax.Array, value: jax.Array, state: PagedCache
-    ) -> tuple[jax.Array, PagedCache]:
-        """See `ml.models.AttentionStrategy.attend`."""
-        batch, length = query.shape[:2]
-        row, position = jnp.repeat(jnp.arange(batch), length), jnp.tile(jnp.arange(length), batch)
-        where = slots(self.block_table, row, position, state.page_size)
-        state = write(state, layer.index, _rows(key), _rows(value), where)
-        out = flash_attention(
-            query,
-            key,
-            value,
-            window=layer.window,
-            scale=layer.scale,
-            softcap=layer.softcap,
-            implementation=self.implementation,
-        )
-        return out, state
 
 
 @flax.struct.dataclass

@@ -2,64 +2,39 @@
 
 import collections
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, cast
 
-import jax.numpy as jnp
-import numpy as np
+from absl import logging
 from jaxtyping import PyTree
 
 from ml.errors import UserError
-from ml.models import Transformer, TransformerConfig
-from ml.serve.generation import Completion
-from ml.serve.runner import Results, Runner, RunnerConfig
-from ml.serve.sampling import SamplingParams, TokenLogprobs
+from ml.models import TransformerConfig
+from ml.serve.completion import Completion, Gathered, token_logprobs
+from ml.serve.constrained import ConstrainedSamples
+from ml.serve.engine_config import EngineConfig
+from ml.serve.grammar import Grammars
+from ml.serve.runner import Results, Runner
+from ml.serve.sampling import Logprobs, SamplingParams, TokenLogprobs
 from ml.serve.scheduling.config import SchedulerConfig
-from ml.serve.scheduling.policies import Fifo, LongestPrefix
+from ml.serve.scheduling.policies import Fifo
 from ml.serve.scheduling.request import FinishReason, Request
 from ml.serve.scheduling.request import Sequence as Sample
 from ml.serve.scheduling.scheduler import Scheduler
-from ml.serve.scheduling.step import Update
-from pallas_kernels.paged_attention import Implementation
-from pallas_kernels.paged_attention.core import resolve
-from pallas_kernels.paged_attention.segments import ordered_block
-from pallas_kernels.shared_prefix_attention import Crossover, Shapes, SharedPrefixPlan, crossover, make_plan
+from ml.serve.scheduling.schedules import make_policy
+from ml.serve.scheduling.statistics import Load, Statistics
+from ml.serve.scheduling.step import Row, Update
+
+# What `Engine.step` says of a sample: its new tokens, and their log-probabilities if they are needed.
+News = tuple[Update, list[TokenLogprobs] | None]
 
 
-@dataclasses.dataclass(frozen=True)
-class EngineConfig:
-    """How much runs at once.
+@dataclasses.dataclass
+class _Asked:
+    """A request that is not forgotten, and what is known of its prompt so far."""
 
-    Attributes:
-      max_length: most tokens of prompt and completion together; ``None``: the model's longest sequence.
-      cache_tokens: tokens that the cache holds; ``None``: those of ``max_running`` sequences of ``max_length``.
-      page_size: tokens in a page.
-      max_running: most sequences that run at once.
-      token_budget: most tokens that a step feeds to the model: prompts are cut into chunks of what decodes leave.
-      decode_steps: most tokens per sequence between two looks of the host, while no prompt waits: the stream's grain.
-      schedule: ``fifo``, or ``prefix``: requests whose prompt is cached first.
-      share: read a prefix that several running sequences have in common once for all of them: ``auto``: where the
-        crossover measured on this device says that it pays; ``always``; ``never``.
-      dtype: of activations.
-      cache_dtype: of keys and values; ``None``: as ``dtype``; ``int8`` and ``float8_e4m3fn`` are kept with scales.
-      invariant: attention does not depend, bit for bit, on what else runs, on how a prompt was cut, or on what is
-        cached; the model's other products may still round by the number of rows that they are given.
-      implementation: of attention; see `pallas_kernels.paged_attention`.
-    """
-
-    max_length: int | None = None
-    cache_tokens: int | None = None
-    page_size: int = 16
-    max_running: int = 64
-    token_budget: int = 512
-    decode_steps: int = 8
-    schedule: Literal["fifo", "prefix"] = "fifo"
-    share: Literal["auto", "always", "never"] = "auto"
-    dtype: Any = jnp.float32
-    cache_dtype: Any = None
-    invariant: bool = False
-    implementation: Implementation = "auto"
+    sampling: SamplingParams
+    samples: list[Sample]
+    prompt_logprobs: list[TokenLogprobs | None] | None
 
 
 class Engine:
@@ -76,6 +51,7 @@ class Engine:
         engine: EngineConfig = EngineConfig(),
         *,
         stop_ids: Iterable[int] = (),
+        grammars: Grammars | None = None,
     ):
         """Allocates the cache; ``params`` are kept as they are.
 
@@ -84,6 +60,7 @@ class Engine:
           params: its parameters.
           engine: how much runs at once.
           stop_ids: tokens that end every text, such as the tokenizer's end of text.
+          grammars: compiles `SamplingParams.structured_output`; ``None``: requests cannot ask for it.
         """
         longest = config.max_length if engine.max_length is None else engine.max_length
         if longest > config.max_length:
@@ -91,8 +68,10 @@ class Engine:
         tokens = engine.max_running * longest if engine.cache_tokens is None else engine.cache_tokens
         pages = -(-tokens // engine.page_size)
         self.config, self.engine = config, engine
-        self._longest = longest
         self._stop_ids = frozenset(stop_ids)
+        planned = engine.schedule == "planned"
+        # A plan comes with the job that it is for.
+        policy = Fifo() if planned else make_policy(engine.schedule, [], engine.page_size)
         self._scheduler = Scheduler(
             SchedulerConfig(
                 pages=pages,
@@ -101,32 +80,23 @@ class Engine:
                 max_running=engine.max_running,
                 decode_steps=engine.decode_steps,
                 max_length=longest,
+                reserve="expected" if planned else "prompt",
             ),
-            {"fifo": Fifo, "prefix": LongestPrefix}[engine.schedule](),
+            policy,
         )
-        model = Transformer(config, dtype=engine.dtype)
-        self._runner = Runner(
-            model,
-            params,
-            RunnerConfig(
-                pages=pages,
-                page_size=engine.page_size,
-                max_running=engine.max_running,
-                max_length=longest,
-                token_budget=engine.token_budget,
-                cache_dtype=engine.cache_dtype,
-                invariant=engine.invariant,
-                implementation=engine.implementation,
-            ),
-        )
+        self._runner = Runner(config, params, engine, pages=pages, max_length=longest)
         self._in_flight: collections.deque[Results] = collections.deque()
-        self._sampling: dict[str, SamplingParams] = {}
+        self._asked: dict[str, _Asked] = {}
+        self._ended: list[str] = []
         self._begun: dict[int, Sample] = {}
+        self._failures: list[News] = []
+        self._constrained = ConstrainedSamples(grammars)
         self._added = 0
 
     @property
-    def statistics(self) -> Any:
-        """Counts since the beginning: see `ml.serve.scheduling.statistics.Statistics`."""
+    def statistics(self) -> Statistics:
+        """Counts since the beginning."""
+        self._scheduler.statistics.compilations = self._runner.compilations
         return self._scheduler.statistics
 
     @property
@@ -134,51 +104,144 @@ class Engine:
         """Whether `step` has anything to do."""
         return self._scheduler.unfinished or bool(self._in_flight)
 
-    def add(self, prompt: Sequence[int], sampling: SamplingParams, request_id: str | None = None) -> list[Sample]:
-        """Queues a request; returns its ``sampling.n`` samples, which `step` speaks of.
+    def warm_up(self, samplings: Iterable[SamplingParams] = (SamplingParams(),), *, threads: int | None = None) -> int:
+        """Compiles ahead, so that no request waits for a compiler; the persistent compilation cache makes it quick.
+
+        Args:
+          samplings: examples of what requests will ask for. Programs differ by penalties, biases (and ``min_tokens``),
+            log-probabilities, and whether the output is structured; not by other parameters, nor by lengths and numbers of requests.
+          threads: that compile at once; ``None``: one per processor.
+
+        Returns:
+          How many programs were compiled. `Statistics.compilations` counts from here on.
+        """
+        return self._runner.warm_up(samplings, threads)
+
+    def add(
+        self,
+        prompt: Sequence[int],
+        sampling: SamplingParams,
+        request_id: str | None = None,
+        priority: int = 0,
+        salt: str = "",
+    ) -> list[Sample]:
+        """Queues a request; returns its ``sampling.samples`` samples, which `step` speaks of.
+
+        Args:
+          prompt: token ids, at least one.
+          sampling: what is asked for.
+          request_id: names it; ``None``: a number.
+          priority: smaller goes first.
+          salt: requests share cached tokens only with those of the same salt.
 
         Raises:
-          UserError: an empty prompt, an id outside the vocabulary, or more tokens than the model or the cache takes.
+          UserError: an empty prompt, an id outside the vocabulary, more tokens than the model or the cache takes, or a
+            structured output that cannot be had.
         """
-        name = f"{self._added}" if request_id is None else request_id
-        if not prompt:
-            raise UserError(f"request {name!r}: prompt: is empty; begin it with the beginning-of-text token")
-        if not 0 <= min(prompt) <= max(prompt) < self.config.vocab_size:
-            raise UserError(
-                f"request {name!r}: prompt: holds token ids up to {max(prompt)}, but the model has "
-                f"{self.config.vocab_size} embeddings; use the tokenizer it was trained with"
-            )
-        self._added += 1
-        stops = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else self._stop_ids)
-        samples = self._scheduler.add(
-            Request(id=name, prompt=prompt, max_tokens=sampling.max_tokens, n=sampling.n, stop_ids=stops)
-        )
-        self._sampling[name] = sampling
+        if self.engine.schedule == "planned" and not self._scheduler.unfinished:
+            self._scheduler.use(Fifo())  # the last job's plan has had its use
+        return self._queue(self._request(prompt, sampling, request_id, priority, salt), sampling)
+
+    def add_all(
+        self,
+        prompts: Sequence[Sequence[int]],
+        samplings: Sequence[SamplingParams],
+        request_ids: Sequence[str] | None = None,
+    ) -> list[list[Sample]]:
+        """Queues a job; with ``schedule="planned"`` in an engine that has nothing else to do, in the planned order.
+
+        Args:
+          prompts: token ids, at least one each.
+          samplings: one each.
+          request_ids: likewise; ``None``: numbers.
+
+        Raises:
+          UserError: see `add`; then none is queued.
+        """
+        ids = [None] * len(prompts) if request_ids is None else request_ids
+        requests: list[Request] = []
+        samples: list[list[Sample]] = []
+        try:
+            for prompt, sampling, name in zip(prompts, samplings, ids, strict=True):
+                requests.append(self._request(prompt, sampling, name, 0, ""))
+            if self.engine.schedule == "planned" and not self._scheduler.unfinished:
+                self._scheduler.use(make_policy("planned", requests, self.engine.page_size))
+            for request, sampling in zip(requests, samplings, strict=True):
+                samples.append(self._queue(request, sampling))
+        except UserError as error:
+            number = len(samples) if len(requests) == len(prompts) else len(requests)
+            for added in samples:
+                self.cancel(added[0].request.id)
+            raise UserError(f"prompt {number}: {error}") from error
         return samples
 
-    def cancel(self, request_id: str) -> list[Update]:
-        """Ends a request; the next step has its pages."""
-        return self._scheduler.cancel(request_id)
+    @property
+    def load(self) -> Load:
+        """What runs now."""
+        scheduler = self._scheduler
+        pool = scheduler.memory.pool
+        return Load(len(scheduler.running), len(scheduler.waiting), scheduler.memory.held, pool.total)
 
-    def step(self) -> list[tuple[Update, list[TokenLogprobs] | None]]:
+    def cancel(self, request_id: str, index: int | None = None) -> list[Update]:
+        """Ends a request, or one sample of it; the next step has its pages.
+
+        An id that is not known (any more) is no error.
+        """
+        return self._forget_later(self._scheduler.cancel(request_id, index=index))
+
+    def reset(self) -> None:
+        """Ends all requests and makes the cache anew: after a step failed, nothing on the device is to be trusted."""
+        for name in list(self._asked):
+            self.cancel(name)
+        self._in_flight.clear()
+        self._asked.clear()
+        self._begun.clear()
+        self._ended.clear()
+        self._failures.clear()
+        self._scheduler.reset()
+        self._runner.reset()
+
+    def prompt_logprobs(self, request_id: str) -> list[TokenLogprobs | None] | None:
+        """Log-probabilities of a prompt's tokens, if they were asked for.
+
+        They are complete when a sample has its first token, and are forgotten at the first `step` after its last.
+        """
+        return self._asked[request_id].prompt_logprobs
+
+    def step(self) -> list[News]:
         """Sends the next step to the device and takes in the results of the one before it, while the device works.
 
         Returns:
           What is new of every sample, with log-probabilities of the new tokens if they were asked for.
         """
+        for name in self._ended:
+            if name in self._asked and all(sample.done for sample in self._asked[name].samples):
+                del self._asked[name]
+        self._ended.clear()
         step = self._scheduler.schedule()
         if step is not None:
             for row in step.rows:
                 if self._begun.get(row.slot) is not row.sequence or not row.number:
-                    self._begin(row.slot, row.sequence)
-            self._in_flight.append(self._runner.run(step, self._plan))
+                    self._begin(row)
+            results = self._runner.run(step, self._constrained.allowed(step))
+            self._in_flight.append(results)
+            for row, error in results.failed:
+                self._fail(row.sequence, error)
+        news, self._failures = self._failures, []
         if not self._in_flight or (step is not None and len(self._in_flight) < 2):
-            return []
+            return news
         results = self._in_flight.popleft()
-        # Before the updates, since a sample that ends forgets its place.
         updates = self._scheduler.on_sampled(results.step, results.drawn())
+        whole, failed = self._constrained.follow(updates)
+        updates = self._forget_later(updates + [self._scheduler.finish(s, FinishReason.STOP) for s in whole])
+        for sample, error in failed:
+            self._fail(sample, error)
+        self._note_prompts(results)
+        given = None if results.logprobs is None else results.logprobs.on_host()
         rows = {id(row.sequence): i for i, row in enumerate(results.step.rows)}
-        return [(update, self._logprobs(results, rows[id(update.sequence)], update)) for update in updates]
+        news += [(update, self._logprobs(given, rows[id(update.sequence)], update)) for update in updates]
+        failures, self._failures = self._failures, []
+        return news + failures
 
     def generate(
         self,
@@ -191,90 +254,111 @@ class Engine:
         Args:
           prompts: token ids, at least one each.
           sampling: one for all prompts, or one each.
-          on_tokens: called with a prompt's index and the new tokens of its first sample as they come.
+          on_tokens: called with a prompt's index and the new tokens of its first sample as they come; not where
+            ``best_of`` chooses among more samples than it gives.
 
         Raises:
           UserError: see `add`; then nothing is generated.
         """
-        requests = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
-        if len(requests) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts, but {len(requests)} sampling parameters")
-        samples: list[list[Sample]] = []
-        try:
-            for prompt, request in zip(prompts, requests, strict=True):
-                samples.append(self.add(prompt, request))
-        except UserError as error:
-            for added in samples:
-                self.cancel(added[0].request.id)
-            raise UserError(f"prompt {len(samples)}: {error}") from error
-        place = {id(sample): (i, sample.index) for i, each in enumerate(samples) for sample in each}
-        given: dict[int, list[TokenLogprobs]] = {id(s): [] for each in samples for s in each}
-        while not all(sample.done for each in samples for sample in each):
+        asked = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
+        if len(asked) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts, but {len(asked)} sampling parameters")
+        samples = self.add_all(prompts, asked)
+        gathered = [Gathered(s, each) for s, each in zip(samples, asked, strict=True)]
+        place = {id(sample): i for i, each in enumerate(samples) for sample in each}
+        left = sum(map(len, samples))
+        while left:
             for update, logprobs in self.step():
-                index, number = place.get(id(update.sequence), (None, None))
-                tokens = list(update.tokens)
-                if update.finish_reason is FinishReason.STOP:
-                    tokens = tokens[:-1]
-                if logprobs is not None and index is not None:
-                    given[id(update.sequence)] += logprobs[: len(tokens)]
-                if on_tokens is not None and number == 0 and index is not None and tokens:
+                index = place.get(id(update.sequence))
+                if index is None:
+                    continue
+                tokens = gathered[index].push(update, logprobs)
+                left -= update.finish_reason is not None
+                if gathered[index].prompt_logprobs is None:
+                    gathered[index].prompt_logprobs = self.prompt_logprobs(update.sequence.request.id)
+                chosen = asked[index].samples == asked[index].n and not update.sequence.index
+                if on_tokens is not None and chosen and tokens:
                     on_tokens(index, tokens)
-        return [[self._completion(s, given[id(s)]) for s in each] for each in samples]
+        return [each.completions() for each in gathered]
 
-    def _completion(self, sample: Sample, logprobs: list[TokenLogprobs]) -> Completion:
-        tokens = sample.output
-        if sample.finish_reason is FinishReason.STOP:
-            tokens = tokens[:-1]
-        asked = self._sampling[sample.request.id].logprobs is not None
-        assert sample.finish_reason is not None
-        return Completion(tokens, cast(Any, sample.finish_reason.value), logprobs if asked else None)
-
-    def _begin(self, slot: int, sample: Sample) -> None:
-        sampling = self._sampling[sample.request.id]
-        sampling = dataclasses.replace(sampling, seed=(sampling.seed + sample.index) % 2**32)
-        self._runner.begin(slot, sampling, sample.tokens, len(sample.request.tokens))
-        self._begun[slot] = sample
-
-    def _logprobs(self, results: Results, row: int, update: Update) -> list[TokenLogprobs] | None:
-        wanted = self._sampling[update.sequence.request.id].logprobs
-        if wanted is None or results.logprobs is None:
-            return None
-        given = []
-        for each in results.logprobs[: len(update.tokens)]:
-            top = {int(t): float(p) for t, p in zip(each.top_token[row, :wanted], each.top[row, :wanted], strict=True)}
-            given.append(TokenLogprobs(float(each.drawn[row]), int(each.rank[row]), top))
-        return given
-
-    def _plan(self, block_table: Any, lengths: Any, starts: Any, rows: int) -> SharedPrefixPlan | None:
-        if self.engine.share == "never":
-            return None
-        page_size = self.engine.page_size
-        plan = make_plan(
-            block_table,
-            lengths,
-            starts,
-            page_size=page_size,
-            rows=rows,
-            crossover=self._crossover,
-            granularity=ordered_block(page_size) if self.engine.invariant else None,
-        )
-        return plan if plan.levels else None
-
-    @functools.cached_property
-    def _crossover(self) -> Crossover:
-        if self.engine.share == "always":
-            return Crossover.always()
-        config, dtype = self.config, np.dtype(self.engine.dtype)
-        cache = self._runner.cache
-        query = jnp.zeros((1, config.num_heads, config.head_dim), dtype)
-        return crossover(
-            Shapes(
-                heads=config.num_heads,
-                kv_heads=config.num_kv_heads,
-                head_dim=config.head_dim,
-                page_size=self.engine.page_size,
-                dtype=dtype.name,
-                cache_dtype=cache.key.dtype.name,
-                implementation=resolve(query, cache, True, self.engine.implementation),
+    def _request(
+        self, prompt: Sequence[int], sampling: SamplingParams, request_id: str | None, priority: int, salt: str
+    ) -> Request:
+        name = f"{self._added}" if request_id is None else request_id
+        if not prompt:
+            raise UserError(f"request {name!r}: prompt: is empty; begin it with the beginning-of-text token")
+        vocab = self.config.vocab_size
+        if not 0 <= min(prompt) <= max(prompt) < vocab:
+            raise UserError(
+                f"request {name!r}: prompt: holds token ids up to {max(prompt)}, but the model has "
+                f"{vocab} embeddings; use the tokenizer it was trained with"
             )
+        if sampling.logit_bias and max(sampling.logit_bias) >= vocab:
+            raise UserError(
+                f"request {name!r}: logit_bias: names token {max(sampling.logit_bias)}, but the model has {vocab}; "
+                "leave it out"
+            )
+        self._added += 1
+        return Request(
+            id=name,
+            prompt=prompt,
+            max_tokens=sampling.max_tokens,
+            n=sampling.samples,
+            priority=priority,
+            stop_ids=set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else self._stop_ids),
+            salt=salt,
+            reuse_prefix=sampling.prompt_logprobs is None,
+            token_by_token=sampling.structured_output is not None,
         )
+
+    def _queue(self, request: Request, sampling: SamplingParams) -> list[Sample]:
+        matcher = self._constrained.compile(request, sampling.structured_output)
+        samples = self._scheduler.add(request)
+        self._constrained.begin(samples, matcher)
+        wanted = sampling.prompt_logprobs is not None
+        self._asked[request.id] = _Asked(sampling, samples, [None] * len(request.tokens) if wanted else None)
+        return samples
+
+    def _begin(self, row: Row) -> None:
+        sample = row.sequence
+        self._begun[row.slot] = sample
+        try:
+            sampling = self._asked[sample.request.id].sampling
+            sampling = dataclasses.replace(sampling, seed=(sampling.seed + sample.index) % 2**32)
+            self._runner.begin(row.slot, sampling, sample.tokens, len(sample.request.tokens))
+        except Exception as error:  # of this request alone, whatever it is
+            self._fail(sample, error)
+            self._runner.begin(row.slot, SamplingParams(temperature=0.0), sample.tokens, len(sample.request.tokens))
+
+    def _fail(self, sample: Sample, error: Exception) -> None:
+        """Ends a request with which something went wrong. What the step at hand computes of it nobody reads."""
+        if sample.done:
+            return
+        name = sample.request.id
+        logging.error("request %r failed: %r", name, error, exc_info=error)
+        self._scheduler.statistics.failed += 1
+        updates = self._forget_later(self._scheduler.cancel(name, FinishReason.FAILED))
+        self._failures += [(update, None) for update in updates]
+
+    def _forget_later(self, updates: list[Update]) -> list[Update]:
+        self._ended += [update.sequence.request.id for update in updates if update.finish_reason is not None]
+        self._constrained.forget(updates)
+        return updates
+
+    def _note_prompts(self, results: Results) -> None:
+        if results.prompt_logprobs is None:
+            return
+        begin, given = 0, results.prompt_logprobs.on_host()
+        for row in results.step.rows:
+            asked = self._asked.get(row.sequence.request.id)
+            if asked is not None and asked.prompt_logprobs is not None and not row.sequence.index:
+                for j in range(min(row.fed, len(asked.prompt_logprobs) - row.start - 1)):
+                    entry = token_logprobs(given, (begin + j,), asked.sampling.prompt_logprobs or 0)
+                    asked.prompt_logprobs[row.start + j + 1] = entry
+            begin += row.fed
+
+    def _logprobs(self, given: Logprobs | None, row: int, update: Update) -> list[TokenLogprobs] | None:
+        wanted = self._asked[update.sequence.request.id].sampling.ranked
+        if wanted is None or given is None:
+            return None
+        return [token_logprobs(given, (i, row), wanted) for i in range(len(update.tokens))]

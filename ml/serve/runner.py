@@ -1,123 +1,129 @@
 """Runs the scheduler's steps on the device: few compiled programs over one cache that is updated in place."""
 
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PyTree
+from absl import logging
+from jaxtyping import Array, Int, PyTree
 
-from ml.models import Transformer, head_params
-from ml.serve.cached_attention import PagedAttention, empty_cache
-from ml.serve.sampling import Constraints, Logprobs, Penalties, SamplingParams, SamplingRows, logprobs, sample
+from ml.models import Transformer, TransformerConfig
+from ml.serve.buckets import Buckets, fit
+from ml.serve.cached_attention import empty_cache
+from ml.serve.engine_config import EngineConfig
+from ml.serve.program import Batch, Fixed, Kind, State, Written, begin_text, copy_pages, run_step
+from ml.serve.programs import Programs
+from ml.serve.sampling import MAX_BIASES, MAX_LOGPROBS, Constraints, Logprobs, SamplingParams, SamplingRows
 from ml.serve.scheduling.step import Row, Step
-from pallas_kernels.paged_attention import Implementation, PagedCache
-from pallas_kernels.shared_prefix_attention import SharedPrefixPlan
+from ml.serve.sharing import Sharing
 
 _NOTHING = -1  # in arrays of tokens: the last one drawn in the row's slot
-
-
-@dataclasses.dataclass(frozen=True)
-class RunnerConfig:
-    """What the device holds.
-
-    Attributes:
-      pages: pages of the cache.
-      page_size: tokens in a page.
-      max_running: sequences that may run at once.
-      max_length: most tokens of a sequence; with the page size, the width of block tables.
-      token_budget: most tokens of a step.
-      cache_dtype: of keys and values; ``int8`` and ``float8_e4m3fn`` are kept with scales; ``None``: the activations'.
-      invariant: see `ml.serve.engine.EngineConfig`.
-      implementation: of attention; see `pallas_kernels.paged_attention`.
-    """
-
-    pages: int
-    page_size: int
-    max_running: int
-    max_length: int
-    token_budget: int
-    cache_dtype: Any = None
-    invariant: bool = False
-    implementation: Implementation = "auto"
-
-
-@flax.struct.dataclass
-class _State:
-    """What stays on the device from step to step; slots are the scheduler's."""
-
-    cache: PagedCache
-    last: Int[Array, " slots"]
-    written: Int[Array, "slots vocab"] | None = None
-    seen: Int[Array, "slots vocab"] | None = None
-
-
-@flax.struct.dataclass
-class _Batch:
-    """A step as arrays; rows and tokens beyond those in use are padding."""
-
-    tokens: Int[Array | np.ndarray, " tokens"]
-    query_starts: Int[Array | np.ndarray, " rows+1"]
-    lengths: Int[Array | np.ndarray, " rows"]
-    block_table: Int[Array | np.ndarray, "rows pages_per_row"]
-    slot: Int[Array | np.ndarray, " rows"]
-    samples: Int[Array | np.ndarray, " rows"]
-    number: Int[Array | np.ndarray, " rows"]
-    sampling: SamplingRows
-    constraints: Constraints | None
-    penalties: tuple[Float[Array | np.ndarray, " rows"], ...] | None
-    plan: SharedPrefixPlan | None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Static:
-    """What a program is compiled for, shapes apart."""
-
-    decode: bool
-    steps: int
-    top: int | None
-    invariant: bool
-    implementation: Implementation
+_COPIES = 16  # pages copied at once
+_MORE_ROWS = 4  # times the rows that are needed, rather than compile a program
+_TOPS = (0, 5, MAX_LOGPROBS)
+_BIASES = (8, MAX_BIASES + 212, 4096)
+# What rows that nobody wants draw by.
+_IDLE = SamplingParams(temperature=0.0)
 
 
 @dataclasses.dataclass
 class Results:
-    """What a step drew, perhaps still being computed: reading it waits for the device."""
+    """What a step drew, perhaps still being computed: reading it waits for the device.
+
+    Attributes:
+      step: the step.
+      tokens: those drawn in each forward pass.
+      logprobs: theirs, with a leading axis for passes, if any row wants them.
+      prompt_logprobs: those of the tokens after each token fed, if any row wants them.
+      failed: rows for which something went wrong on the host, and what; others are what they would be without these.
+    """
 
     step: Step
-    tokens: Int[Array, "rows steps"]
-    logprobs: list[Logprobs] | None
+    tokens: Int[Array, "steps rows"]
+    logprobs: Logprobs | None
+    prompt_logprobs: Logprobs | None
+    failed: list[tuple[Row, Exception]]
 
     def drawn(self) -> list[list[int]]:
         """Tokens of each row of the step."""
         tokens = np.asarray(self.tokens)
-        return [tokens[i, : row.samples].tolist() for i, row in enumerate(self.step.rows)]
+        return [tokens[: row.samples, i].tolist() for i, row in enumerate(self.step.rows)]
 
 
 class Runner:
     """Compiles and runs steps.
 
-    Numbers of rows and tokens are rounded up to powers of two, and whatever a step can hold is one of few programs.
+    Numbers of rows and tokens are rounded up to a few, and whatever a step can hold is one of few programs, which
+    `warm_up` compiles ahead.
     """
 
-    def __init__(self, model: Transformer, params: PyTree, config: RunnerConfig):
-        """Allocates the cache; ``params`` are kept as they are."""
-        self.config = config
-        self._model, self._params = model, params
-        dtype = model.dtype if config.cache_dtype is None else config.cache_dtype
-        cache = empty_cache(model.config, config.pages, config.page_size, dtype)
-        self._state = _State(cache, jnp.zeros(config.max_running, jnp.int32))
-        self._width = -(-config.max_length // config.page_size)
+    def __init__(
+        self, config: TransformerConfig, params: PyTree, settings: EngineConfig, *, pages: int, max_length: int
+    ):
+        """Allocates the cache; ``params`` are kept as they are.
+
+        Args:
+          config: the architecture.
+          params: its parameters.
+          settings: of the engine.
+          pages: pages of the cache.
+          max_length: most tokens of a sequence; with the page size, the width of block tables.
+        """
+        dtype = settings.dtype if settings.cache_dtype is None else settings.cache_dtype
+        cache = empty_cache(config, pages, settings.page_size, dtype)
+        self._model, self._params = Transformer(config, dtype=settings.dtype), params
+        self._settings, self._pages = settings, pages
+        self._fixed = Fixed(settings.decode_steps, settings.invariant, settings.implementation)
+        self._width = -(-max_length // settings.page_size)
+        self._buckets = Buckets(settings.max_running, settings.token_budget)
+        self._sharing = Sharing(config, settings, cache)
+        self._state = State(cache, jnp.zeros(settings.max_running, jnp.int32))
+        self._written: Written | None = None
         self._of_slot: dict[int, SamplingParams] = {}
+        self._programs = Programs(self._compile)
+
+    def reset(self) -> None:
+        """Forgets all sequences; the cache is a new one."""
+        settings, config = self._settings, self._model.config
+        nothing: Any = None
+        self._state = nothing  # the old cache goes first: there is no room for two
+        self._written, self._of_slot = None, {}
+        dtype = settings.dtype if settings.cache_dtype is None else settings.cache_dtype
+        cache = empty_cache(config, self._pages, settings.page_size, dtype)
+        self._state = State(cache, jnp.zeros(settings.max_running, jnp.int32))
 
     @property
-    def cache(self) -> PagedCache:
-        """Keys and values as the last step left them."""
-        return self._state.cache
+    def compilations(self) -> int:
+        """Programs that were compiled when a step needed them, since the last warm-up."""
+        return self._programs.compilations
+
+    def warm_up(self, samplings: Iterable[SamplingParams], threads: int | None = None) -> int:
+        """Compiles every program that steps of any size can need whose rows ask for what one of ``samplings`` does.
+
+        Args:
+          samplings: examples; a step whose rows ask for different things needs what they ask for together.
+          threads: that compile at once; ``None``: one per processor.
+
+        Returns:
+          How many were compiled.
+        """
+        keys: list[Any] = ["copy"]
+        if self._sharing.enabled:
+            _ = self._sharing.crossover
+        for sampling in samplings:
+            entry = len(sampling.logit_bias) + (len(sampling.stop_token_ids) + 1 if sampling.min_tokens else 0)
+            options = self._options([sampling], entry)
+            keys += ["begin"] if sampling.penalizes else []
+            for rows, tokens in self._buckets.shapes():
+                for planned in (False, True)[: 1 + (self._sharing.enabled and rows > 1)]:
+                    kind = Kind(rows, tokens, planned, **options)
+                    keys.append(kind)
+                    if sampling.prompt_logprobs is not None and tokens is not None:
+                        keys.append(dataclasses.replace(kind, prompt_top=fit(_TOPS, sampling.prompt_logprobs)))
+        return self._programs.warm_up(keys, threads)
 
     def begin(self, slot: int, sampling: SamplingParams, tokens: Sequence[int], prompt: int) -> None:
         """Says how the sequence that now has a slot draws.
@@ -129,158 +135,179 @@ class Runner:
           prompt: how many of them are the prompt.
         """
         self._of_slot[slot] = sampling
-        if not sampling.penalizes:
-            return
-        state, vocab = self._state, self._model.config.vocab_size
-        if state.written is None:
-            shape = (self.config.max_running, vocab)
-            state = dataclasses.replace(state, written=jnp.zeros(shape, jnp.int32), seen=jnp.zeros(shape, bool))
-        seen = np.zeros(vocab, bool)
-        seen[np.asarray(tokens, int)] = True
-        written = np.bincount(np.asarray(tokens[prompt:], int), minlength=vocab).astype(np.int32)
-        before: Any = state
-        self._state = dataclasses.replace(
-            state, written=before.written.at[slot].set(written), seen=before.seen.at[slot].set(seen)
-        )
+        if sampling.penalizes:
+            vocab = self._model.config.vocab_size
+            seen = np.zeros(vocab, bool)
+            seen[np.asarray(tokens, int)] = True
+            count = np.bincount(np.asarray(tokens[prompt:], int), minlength=vocab).astype(np.int32)
+            self._written = self._programs["begin"](self._text(), np.int32(slot), count, seen)
 
-    def run(self, step: Step, plan: Callable[..., SharedPrefixPlan | None] | None = None) -> Results:
-        """Sends a step to the device and does not wait for it.
+    def run(self, step: Step, allowed: Mapping[int, np.ndarray] | None = None) -> Results:
+        """Sends a step to the device and does not wait for it; steps run in the scheduler's order.
 
         Args:
-          step: steps run in the scheduler's order.
-          plan: gives what the rows share, from block tables, lengths and query starts (``None``: one row each).
+          step: the next.
+          allowed: of rows with a grammar, by their place in the step: see `Constraints.allowed`.
         """
-        if step.copies:
-            cache = _copy(self._state.cache, *self._copies(step))
+        for begin in range(0, len(step.copies), _COPIES):
+            cache = self._programs["copy"](self._state.cache, *self._copies(step.copies[begin : begin + _COPIES]))
             self._state = dataclasses.replace(self._state, cache=cache)
-        decode = all(row.fed == 1 for row in step.rows)
-        batch = self._batch(step, decode)
-        if plan is not None:
-            starts = None if decode else batch.query_starts
-            batch = dataclasses.replace(batch, plan=plan(batch.block_table, batch.lengths, starts, len(batch.tokens)))
-        wanted = [self._of_slot[row.slot].logprobs for row in step.rows if row.samples]
-        top = max((n for n in wanted if n is not None), default=None)
-        static = _Static(
-            decode=decode,
-            steps=step.decode_steps,
-            top=None if top is None else _power_of_two(top) if top else 0,
-            invariant=self.config.invariant,
-            implementation=self.config.implementation,
+        params = [self._of_slot.get(row.slot, _IDLE) for row in step.rows]
+        entries, failed = [], []
+        for row, asked in zip(step.rows, params, strict=True):
+            try:
+                entries.append(self._entry(row, asked))
+            except Exception as error:  # of this row alone, whatever it is
+                entries.append({})
+                failed.append((row, error))
+        tops = [_prompt_top(row, asked) for row, asked in zip(step.rows, params, strict=True)]
+        prompt_top = max((top for top in tops if top is not None), default=None)
+        decode = all(row.fed == 1 for row in step.rows) and prompt_top is None
+        drawing = [asked for row, asked in zip(step.rows, params, strict=True) if row.samples]
+        kind = self._ready(
+            Kind(
+                *self._buckets.shape(len(step.rows), step.fed, decode),
+                prompt_top=None if prompt_top is None else fit(_TOPS, prompt_top),
+                **self._options(drawing, max(map(len, entries))),
+            )
         )
-        self._state, tokens, given = _run(self._model, static, self._params, self._state, batch)
-        return Results(step, tokens, given)
+        batch: Any = self._batch(step, kind, params, entries, allowed or {})
+        starts = None if decode else batch.query_starts
+        plan = self._sharing.plan(batch.block_table, batch.lengths, starts, len(batch.tokens))
+        if plan is not None:
+            kind, batch = dataclasses.replace(kind, planned=True), dataclasses.replace(batch, plan=plan)
+        written = self._text() if kind.penalizes else None
+        out = self._programs[kind](self._params, self._state, written, batch)
+        self._state, written, tokens, given, prompt = out
+        self._written = self._written if written is None else written
+        return Results(step, tokens, given, prompt, failed)
 
-    def _copies(self, step: Step) -> tuple[np.ndarray, np.ndarray]:
-        pairs = np.full((2, _power_of_two(len(step.copies))), self.config.pages, np.int32)
-        pairs[:, : len(step.copies)] = np.array(step.copies, np.int32).T
-        return np.minimum(pairs[0], self.config.pages - 1), pairs[1]
+    def _ready(self, kind: Kind) -> Kind:
+        """The kind itself, or one with a few more rows, if that is compiled already: most jobs end before they win."""
+        for rows in self._buckets.above(kind.rows, kind.tokens is None):
+            larger = dataclasses.replace(kind, rows=rows)
+            if rows <= _MORE_ROWS * kind.rows and larger in self._programs:
+                return larger
+        return kind
 
-    def _batch(self, step: Step, decode: bool) -> _Batch:
-        rows = min(_power_of_two(len(step.rows)), self.config.max_running)
-        fed = rows if decode else min(max(16, _power_of_two(step.fed)), max(self.config.token_budget, step.fed))
-        tokens = np.full(fed, 0, np.int32)
+    def _options(self, params: Sequence[SamplingParams], biases: int) -> dict[str, Any]:
+        """What rows that draw by ``params`` need of a program, with so many biased tokens at most."""
+        top = max((p.ranked for p in params if p.ranked is not None), default=None)
+        return {
+            "top": None if top is None else fit(_TOPS, top),
+            "penalizes": any(p.penalizes for p in params),
+            "biases": fit((*_BIASES, max(biases, _BIASES[-1] + 1)), biases) if biases else 0,
+            "masked": any(p.structured_output is not None for p in params),
+        }
+
+    def _compile(self, key: Any) -> Any:
+        logging.log_first_n(logging.INFO, "compiling programs", 1)
+        if key == "copy":
+            return copy_pages.lower(self._state.cache, *self._copies(())).compile()
+        vocab = self._model.config.vocab_size
+        shape = (self._settings.max_running, vocab)
+        written: Any = Written(jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.bool_))
+        if key == "begin":
+            return begin_text.lower(written, np.int32(0), np.zeros(vocab, np.int32), np.zeros(vocab, bool)).compile()
+        batch = self._batch(Step(0, (), (), 1), key, (), ())
+        if key.planned:
+            batch = dataclasses.replace(batch, plan=self._sharing.blank(key.rows, len(batch.tokens)))
+        state = jax.tree.map(_described, self._state)
+        text = written if key.penalizes else None
+        return run_step.lower(self._model, self._fixed, key, self._params, state, text, batch).compile()
+
+    def _text(self) -> Written:
+        if self._written is None:
+            shape = (self._settings.max_running, self._model.config.vocab_size)
+            self._written = jax.device_put(Written(np.zeros(shape, np.int32), np.zeros(shape, bool)))
+        return self._written
+
+    def _copies(self, copies: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+        pairs = np.full((2, _COPIES), self._pages, np.int32)
+        if copies:
+            pairs[:, : len(copies)] = np.array(copies, np.int32).T
+        return np.minimum(pairs[0], self._pages - 1), pairs[1]
+
+    def _batch(
+        self,
+        step: Step,
+        kind: Kind,
+        params: Sequence[SamplingParams],
+        entries: Sequence[Mapping[int, float]],
+        allowed: Mapping[int, np.ndarray] | None = None,
+    ) -> Batch:
+        rows = kind.rows
+        tokens = np.full(rows if kind.tokens is None else kind.tokens, 0, np.int32)
+        following = None if kind.prompt_top is None else np.zeros_like(tokens)
         per_row = np.zeros((4, rows), np.int32)
-        per_row[0] = self.config.max_running  # no slot
+        per_row[0] = self._settings.max_running  # no slot
         table = np.zeros((rows, self._width), np.int32)
         starts = np.zeros(rows + 1, np.int32)
         for i, row in enumerate(step.rows):
-            starts[i + 1] = starts[i] + row.fed
-            tokens[starts[i] : starts[i + 1]] = row.tokens or _NOTHING
+            begin = starts[i]
+            starts[i + 1] = begin + row.fed
+            tokens[begin : starts[i + 1]] = row.tokens or _NOTHING
             table[i, : len(row.table)] = row.table
             per_row[:, i] = row.slot, row.start + row.fed, row.samples, row.number
+            if following is not None:
+                after = row.sequence.request.tokens[row.start + 1 : row.start + row.fed + 1]
+                following[begin : begin + len(after)] = after
         starts[len(step.rows) + 1 :] = starts[len(step.rows)]
-        slot, lengths, samples, number = per_row
-        params = [self._of_slot[row.slot] for row in step.rows]
-        params += [SamplingParams(temperature=0.0)] * (rows - len(params))
-        penalties = None
-        if any(p.penalizes for p in params):
+        params = [*params, *[_IDLE] * (rows - len(params))]
+        penalties = constraints = None
+        if kind.penalizes:
             names = ("presence_penalty", "frequency_penalty", "repetition_penalty")
             penalties = tuple(np.array([getattr(p, name) for p in params], np.float32) for name in names)
-        constraints = self._constraints(step.rows, params)
-        sampling = SamplingRows.of(params)
-        return _Batch(tokens, starts, lengths, table, slot, samples, number, sampling, constraints, penalties, None)
-
-    def _constraints(self, rows: Sequence[Row], params: Sequence[SamplingParams]) -> Constraints | None:
-        """Biases, and the stop tokens that a row may not draw yet, as tokens and what is added to their logits."""
-        entries: list[Mapping[int, float]] = [p.logit_bias for p in params]
-        for i, row in enumerate(rows):
-            if row.number < params[i].min_tokens:
-                entries[i] = {**entries[i], **dict.fromkeys(row.sequence.request.stop_ids, -np.inf)}
-        most = max(map(len, entries))
-        if not most:
-            return None
-        size = _power_of_two(max(8, most))
-        tokens = np.full((len(entries), size), self._model.config.vocab_size, np.int32)
-        biases = np.zeros((len(entries), size), np.float32)
-        for i, entry in enumerate(entries):
-            tokens[i, : len(entry)], biases[i, : len(entry)] = list(entry), list(entry.values())
-        return Constraints(tokens, biases)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _copy(cache: PagedCache, source: Int[Array, " copies"], target: Int[Array, " copies"]) -> PagedCache:
-    return jax.tree.map(lambda x: x.at[:, target].set(x[:, source], mode="drop"), cache)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _run(
-    model: Transformer, static: _Static, params: PyTree, state: _State, batch: _Batch
-) -> tuple[_State, Int[Array, "rows steps"], list[Logprobs] | None]:
-    """One forward pass over all rows, then ``steps - 1`` more over those that draw again."""
-    rows = batch.lengths.shape[0]
-    row_of_token = jnp.searchsorted(batch.query_starts, jnp.arange(batch.tokens.shape[0]), side="right") - 1
-    if static.decode:
-        row_of_token = jnp.arange(rows)
-    last = state.last.at[batch.slot].get(mode="clip")
-    tokens = jnp.where(batch.tokens < 0, last[jnp.minimum(row_of_token, rows - 1)], batch.tokens)
-    starts = None if static.decode else batch.query_starts
-    state, drawn, given = _pass(model, static, params, state, batch, tokens, batch.lengths, starts, batch.number)
-    all_drawn, all_given = [drawn], [given]
-    for i in range(1, static.steps):
-        # A row that draws no more is an empty slot from here on.
-        active = batch.samples > i
-        lengths = jnp.where(active, batch.lengths + i, 0)
-        numbers = batch.number + i
-        state, drawn, given = _pass(model, static, params, state, batch, drawn, lengths, None, numbers, active)
-        all_drawn.append(drawn)
-        all_given.append(given)
-    return state, jnp.stack(all_drawn, axis=1), None if static.top is None else all_given
-
-
-def _pass(model, static, params, state, batch, tokens, lengths, starts, numbers, active=None):
-    """Feeds tokens, and draws one in every row (some of which nobody wants)."""
-    active = batch.samples > 0 if active is None else active
-    attention = PagedAttention(
-        batch.block_table, lengths, starts, batch.plan, invariant=static.invariant, implementation=static.implementation
-    )
-    position = jnp.maximum(attention.places(tokens.shape[0])[1], 0)
-    shape = (-1, 1) if starts is None else (1, -1)
-    out: Any = model.apply({"params": params}, tokens.reshape(shape), attention, position.reshape(shape), state.cache)
-    hidden = out[0].reshape(tokens.shape[0], -1)
-    if starts is not None:
-        hidden = hidden[jnp.maximum(starts[1:] - 1, 0)]
-    head = {"params": head_params(model.config, params)}
-    raw = model.apply(head, hidden[:, None], method="logits")[:, 0]
-    logits, penalties = raw, None
-    if batch.penalties is not None:
-        rows = (x.at[batch.slot].get(mode="clip") for x in (state.written, state.seen))
-        penalties = Penalties(*rows, *batch.penalties)
-        logits = penalties.apply(logits)
-    if batch.constraints is not None:
-        logits = batch.constraints.apply(logits)
-    drawn = sample(logits, batch.sampling, numbers)
-    given = None if static.top is None else logprobs(raw, drawn, static.top)
-    slot = jnp.where(active, batch.slot, state.last.shape[0])
-    state = dataclasses.replace(state, cache=out[1], last=state.last.at[slot].set(drawn, mode="drop"))
-    if penalties is not None:
-        after = penalties.after(drawn, active)
-        written, seen = (
-            x.at[slot].set(y, mode="drop")
-            for x, y in zip((state.written, state.seen), (after.written, after.seen), strict=True)
+        if kind.biases or kind.masked:
+            masks = (allowed or {}) if kind.masked else None
+            constraints = _constraints(entries, rows, kind.biases, self._model.config.vocab_size, masks)
+        slot, lengths, samples, number = per_row
+        return Batch(
+            tokens=tokens,
+            query_starts=starts,
+            lengths=lengths,
+            block_table=table,
+            slot=slot,
+            samples=samples,
+            number=number,
+            steps=np.asarray(step.decode_steps, np.int32),
+            sampling=SamplingRows.of(params),
+            constraints=constraints,
+            penalties=penalties,
+            following=following,
         )
-        state = dataclasses.replace(state, written=written, seen=seen)
-    return state, drawn, given
+
+    def _entry(self, row: Row, params: SamplingParams) -> Mapping[int, float]:
+        """Biases of a row, and the stop tokens that it may not draw yet: what is added to the logits of tokens."""
+        if row.number < params.min_tokens:
+            return {**params.logit_bias, **dict.fromkeys(row.sequence.request.stop_ids, -np.inf)}
+        return dict(params.logit_bias)
 
 
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
+def _constraints(
+    entries: Sequence[Mapping[int, float]],
+    rows: int,
+    size: int,
+    vocab: int,
+    masks: Mapping[int, np.ndarray] | None,
+) -> Constraints:
+    tokens, biases = np.full((rows, size), vocab, np.int32), np.zeros((rows, size), np.float32)
+    for i, entry in enumerate(entries):
+        tokens[i, : len(entry)], biases[i, : len(entry)] = list(entry), list(entry.values())
+    if masks is None:
+        return Constraints(tokens, biases)
+    words = np.full((rows, -(-vocab // 32)), ~np.uint32(0))
+    for i, mask in masks.items():
+        words[i] = mask
+    return Constraints(tokens, biases, words)
+
+
+def _prompt_top(row: Row, params: SamplingParams) -> int | None:
+    """How many likeliest tokens a row wants beside the prompt's, if it feeds any of which it wants to know."""
+    sequence = row.sequence
+    wants = not sequence.index and row.start + 1 < len(sequence.request.tokens)
+    return params.prompt_logprobs if wants else None
+
+
+def _described(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
+from ml.serve.grammar import StructuredOutput
+
 # Most tokens whose log-probabilities are given beside the drawn one's, and most biased tokens of a request (OpenAI's).
 MAX_LOGPROBS = 20
 MAX_BIASES = 300
@@ -38,6 +40,10 @@ class SamplingParams:
       ignore_eos: the model's own end of text does not end it.
       n: texts to write, with seeds ``seed``, ``seed + 1``, and so on.
       logprobs: give the log-probability of each token, and of so many likeliest ones; ``None``: give none.
+      stop: strings that end the text. They are looked for where text is, in `ml.serve.text`; not in the engine.
+      prompt_logprobs: likewise of the prompt's tokens, which are then computed even if they are cached.
+      best_of: texts to write, of which the ``n`` with the highest log-probability per token are given; ``None``: ``n``.
+      structured_output: what the text must look like; it ends where nothing can follow, ``min_tokens`` or not.
     """
 
     max_tokens: int = 128
@@ -55,6 +61,10 @@ class SamplingParams:
     ignore_eos: bool = False
     n: int = 1
     logprobs: int | None = None
+    stop: tuple[str, ...] = ()
+    prompt_logprobs: int | None = None
+    best_of: int | None = None
+    structured_output: StructuredOutput | None = None
 
     def __post_init__(self):
         if self.max_tokens < 1:
@@ -65,8 +75,8 @@ class SamplingParams:
             raise ValueError(
                 f"temperature={self.temperature}: must be 0 (always the likeliest token) or more, often 0.8"
             )
-        if self.top_k < 0:
-            raise ValueError(f"top_k={self.top_k}: must be 0 (all tokens) or more, often 40")
+        if not 0 <= self.top_k < 2**31:
+            raise ValueError(f"top_k={self.top_k}: must be 0 (all tokens) or more, often 40, and below {2**31}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p}: must be above 0 and at most 1 (all tokens), often 0.95")
         if not 0 <= self.min_p <= 1:
@@ -74,8 +84,10 @@ class SamplingParams:
         for name in ("presence_penalty", "frequency_penalty"):
             if not -2 <= getattr(self, name) <= 2:
                 raise ValueError(f"{name}={getattr(self, name)}: must lie between -2 and 2; 0: none")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise ValueError(f"repetition_penalty={self.repetition_penalty}: must be above 0; 1: none, often 1.1")
+        if not 0.001 <= self.repetition_penalty <= 1000:
+            raise ValueError(
+                f"repetition_penalty={self.repetition_penalty}: must lie between 0.001 and 1000; 1: none, often 1.1"
+            )
         if len(self.logit_bias) > MAX_BIASES:
             raise ValueError(f"logit_bias has {len(self.logit_bias)} entries: at most {MAX_BIASES} are allowed")
         for token, bias in self.logit_bias.items():
@@ -85,8 +97,24 @@ class SamplingParams:
             raise ValueError(f"seed={self.seed}: must lie between 0 and {2**32 - 1}")
         if self.n < 1:
             raise ValueError(f"n={self.n}: must be at least 1")
-        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
-            raise ValueError(f"logprobs={self.logprobs}: must lie between 0 and {MAX_LOGPROBS}")
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= MAX_LOGPROBS:
+                raise ValueError(f"{name}={value}: must lie between 0 and {MAX_LOGPROBS}")
+        if self.best_of is not None and self.best_of < self.n:
+            raise ValueError(f"best_of={self.best_of}: must be at least n={self.n}")
+        if isinstance(self.stop, str) or not all(self.stop):
+            raise ValueError(f"stop={self.stop!r}: must be a tuple of strings, none of them empty")
+
+    @property
+    def samples(self) -> int:
+        """Texts to write, whether or not all are given."""
+        return self.n if self.best_of is None else self.best_of
+
+    @property
+    def ranked(self) -> int | None:
+        """Likeliest tokens whose log-probabilities are needed beside the drawn one's; ``None``: not even that."""
+        return 0 if self.logprobs is None and self.samples > self.n else self.logprobs
 
     @property
     def penalizes(self) -> bool:
@@ -166,15 +194,21 @@ class Constraints:
     Attributes:
       bias_token: tokens with a bias; a number beyond the vocabulary: none.
       bias: added to their logits.
+      allowed: a bit per token, the lowest first: whether a grammar lets it come next; ``None``: no row has a grammar.
     """
 
     bias_token: Int[Array | np.ndarray, "rows biases"]
     bias: Float[Array | np.ndarray, "rows biases"]
+    allowed: UInt32[Array | np.ndarray, "rows words"] | None = None
 
     def apply(self, logits: Float[Array, "rows vocab"]) -> Float[Array, "rows vocab"]:
         """Logits with biases; -inf forbids a token."""
-        rows = jnp.arange(logits.shape[0])[:, None]
-        return logits.at[rows, self.bias_token].add(self.bias, mode="drop")
+        rows, vocab = logits.shape
+        logits = logits.at[jnp.arange(rows)[:, None], self.bias_token].add(self.bias, mode="drop")
+        if self.allowed is None:
+            return logits
+        bits = (self.allowed[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+        return jnp.where(bits.reshape(rows, -1)[:, :vocab] == 1, logits, -jnp.inf)
 
 
 @flax.struct.dataclass
@@ -192,6 +226,10 @@ class Logprobs:
     rank: Int[Array, " rows"]
     top: Float[Array, "rows top"]
     top_token: Int[Array, "rows top"]
+
+    def on_host(self) -> "Logprobs":
+        """With arrays of NumPy; waits for the device."""
+        return jax.device_get(self)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from ml.checkpoint.pretrained import save_workdir
 from ml.data.tokenizer import Tokenizer
 from ml.models import Transformer, TransformerConfig, init_params
 from ml.models.huggingface import save_pretrained
-from ml.serve import Generator, SamplingParams
+from ml.serve import Engine, EngineConfig, SamplingParams
 
 SCRIPT = pathlib.Path(__file__).resolve().parents[2] / "scripts" / "generate.py"
 CONFIG = TransformerConfig(
@@ -33,7 +33,7 @@ GREEDY = ["--temperature=0", "--max_tokens=24"]
 # Runs the script once per case, in a child that shares the (slow) imports but starts JAX and the flags afresh.
 DRIVER = """
 import json, os, runpy, sys
-import ml.checkpoint.pretrained, ml.data.tokenizer, ml.serve, absl.app
+import ml.checkpoint.pretrained, ml.data.tokenizer, ml.serve.engine, absl.app
 script, cases, out = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
 sys.path.insert(0, os.path.dirname(script))
 for name, arguments in cases.items():
@@ -99,11 +99,11 @@ def expected(folders):
     """What the model says after ``prompt``, with or without the opening token, as ids and as text."""
     params = init_params(Transformer(CONFIG), jax.random.key(0))
     tokenizer = Tokenizer.load(folders / "tokenizer")
-    generator = Generator(CONFIG, params, stop_ids=[tokenizer.eos_id], max_batch=1)
+    engine = Engine(CONFIG, params, EngineConfig(max_running=1), stop_ids=[tokenizer.eos_id])
 
     def text(prompt, *, opening, sampling=SamplingParams(max_tokens=24, temperature=0.0)):
         ids = [tokenizer.bos_id] * opening + tokenizer.encode(prompt)
-        return tokenizer.decode(generator.generate([ids], sampling)[0].tokens) + "\n"
+        return tokenizer.decode(engine.generate([ids], sampling)[0][0].tokens) + "\n"
 
     return text
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ml.models import MoEConfig, Transformer, TransformerConfig, init_params
-from ml.serve.cached_attention import PagedAttention, PrefillAttention, empty_cache
+from ml.serve.cached_attention import PagedAttention, empty_cache
 from pallas_kernels.shared_prefix_attention import Crossover, make_plan
 
 BASE = TransformerConfig(
@@ -79,13 +79,22 @@ def _poisoned(config, dtype=jnp.float32):
     return jax.tree.map(lambda x: x + jnp.nan, empty_cache(config, PAGES, PAGE_SIZE, dtype))
 
 
+def _prefill(name, tokens, lengths, block_table, cache):
+    """Prompts one after the other, without padding; returns the logits of each prompt's end, and the cache."""
+    flat = np.concatenate([row[:length] for row, length in zip(tokens, lengths, strict=True)])[None]
+    positions = np.concatenate([np.arange(length) for length in lengths])[None]
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    lengths = np.asarray(lengths, np.int32)
+    logits, cache = _apply(name)(flat, PagedAttention(block_table, lengths, starts), positions, cache)
+    return np.asarray(logits)[0, starts[1:] - 1], cache
+
+
 def _cached(name, tokens, chunk=1, **options):
     """Logits of the ``NEW`` tokens after each prompt (teacher forced), and of each prompt's end."""
     apply = _apply(name)
     rows = np.arange(len(LENGTHS))[:, None]
-    padded = np.where(np.arange(LENGTHS.max()) < LENGTHS[:, None], tokens[:, : LENGTHS.max()], 60)
-    logits, cache = apply(padded, PrefillAttention(BLOCK_TABLE), None, _poisoned(_model(name)[0].config))
-    out = [np.asarray(logits)[rows, LENGTHS[:, None] - 1]]
+    logits, cache = _prefill(name, tokens, LENGTHS, BLOCK_TABLE, _poisoned(_model(name)[0].config))
+    out = [logits[:, None]]
     for start in range(0, NEW, chunk):
         positions = LENGTHS[:, None] + start + np.arange(chunk, dtype=np.int32)
         query_starts = None if chunk == 1 else np.arange(len(LENGTHS) + 1, dtype=np.int32) * chunk
@@ -138,7 +147,7 @@ def test_sharing_a_prefix_gives_the_logits_of_the_whole_forward(name):
     expected = _uncached(model, params, tokens)
     apply = _apply(name)
     lengths = np.array([18, 17, 19, 20, 18], np.int32)
-    _, cache = apply(tokens[:, :20], PrefillAttention(block_table), None, cache)
+    _, cache = _prefill(name, tokens, [20] * 5, block_table, cache)
 
     def check(lengths, query_starts=None):
         plan = make_plan(
@@ -166,7 +175,7 @@ def test_a_wrong_page_in_the_shared_run_moves_the_logits():
     lengths = np.array([13, 13], np.int32)
     apply = _apply(name)
     cache = empty_cache(BASE, 5, PAGE_SIZE, jnp.float32)
-    _, cache = apply(tokens[:, :13], PrefillAttention(block_table), None, cache)
+    _, cache = _prefill(name, tokens, [13] * 2, block_table, cache)
     expected = _uncached(model, params, tokens)[:, 12:13]
     for table, wrong in ((block_table, False), (np.where(block_table == 1, 2, block_table), True)):
         plan = make_plan(table, lengths, page_size=PAGE_SIZE, crossover=Crossover.always())
@@ -189,9 +198,6 @@ def test_cache_has_the_dtype_of_activations():
     model = Transformer(BASE, dtype=jnp.bfloat16)
     params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(1))
     cache = empty_cache(BASE, 1, 8, jnp.bfloat16)
-    table = np.zeros((1, 1), np.int32)
-    tokens = jnp.ones((1, 4), jnp.int32)
-    hidden, cache, _ = model.apply({"params": params}, tokens, PrefillAttention(table), None, cache)
-    attention = PagedAttention(table, np.array([5], np.int32))
-    hidden, cache, _ = model.apply({"params": params}, tokens[:, :1], attention, np.array([[4]]), cache)
+    attention = PagedAttention(np.zeros((1, 1), np.int32), np.array([1], np.int32))
+    hidden, cache, _ = model.apply({"params": params}, jnp.ones((1, 1), jnp.int32), attention, np.array([[0]]), cache)
     assert cache.key.dtype == cache.value.dtype == hidden.dtype == jnp.bfloat16

@@ -9,7 +9,7 @@ from ml.errors import UserError
 
 # Names that tokenizers without a tokenizer_config.json give to the token that ends a text.
 _END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>")
-_COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+_COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja")
 
 
 def special_ids(tokenizer_path: str | Path, vocab_size: int) -> dict[str, int | None]:

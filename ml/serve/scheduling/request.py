@@ -95,6 +95,7 @@ class Sequence:
       tokens: prompt and drawn tokens, as far as they are known.
       pending: drawn tokens that are not known yet.
       computed: leading tokens whose keys and values are, or are being, computed.
+      cached: leading tokens of the prompt that were in the cache when it was first admitted.
       table: pages, in order.
       published: leading pages that the prefix tree has.
       node: where they end in the prefix tree, while running.
@@ -104,6 +105,7 @@ class Sequence:
     __slots__ = (
         "_chain",
         "_keys",
+        "cached",
         "computed",
         "finish_reason",
         "index",
@@ -125,7 +127,7 @@ class Sequence:
         self.tokens = request.tokens[:]
         self.state = State.WAITING
         self.finish_reason: FinishReason | None = None
-        self.pending = self.computed = self.published = 0
+        self.pending = self.computed = self.cached = self.published = 0
         self.table = array.array("i")
         self.node: Node | None = None
         self.slot = -1

@@ -52,6 +52,16 @@ class Scheduler:
         """Whether anything is left to do."""
         return bool(self._waiting or self._running)
 
+    def use(self, policy: Fifo) -> None:
+        """Goes on with another policy.
+
+        Raises:
+          RuntimeError: something is unfinished, whose rank is the old policy's.
+        """
+        if self.unfinished:
+            raise RuntimeError("the policy can change only while nothing is unfinished")
+        self.policy = policy
+
     def add(self, request: Request) -> list[Sequence]:
         """Queues a request; returns its samples.
 
@@ -82,9 +92,15 @@ class Scheduler:
         self._requests[request.id] = sequences
         return sequences
 
-    def cancel(self, request_id: str, reason: FinishReason = FinishReason.CANCELLED) -> list[Update]:
-        """Ends a request; the next step has its pages. An id that is not known (any more) is no error."""
-        return [self.finish(s, reason) for s in self._requests.get(request_id, ()) if not s.done]
+    def cancel(
+        self, request_id: str, reason: FinishReason = FinishReason.CANCELLED, index: int | None = None
+    ) -> list[Update]:
+        """Ends a request, or one sample of it; the next step has its pages.
+
+        An id that is not known (any more) is no error.
+        """
+        samples = [s for s in self._requests.get(request_id, ()) if not s.done and index in (None, s.index)]
+        return [self.finish(s, reason) for s in samples]
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> Update:
         """Ends a sequence for a reason that only the caller sees: a stop string, a failure."""
@@ -193,6 +209,7 @@ class Scheduler:
             if sequence.state is State.WAITING:
                 self.statistics.prompt += len(sequence.request.tokens)
                 self.statistics.cached += found
+                sequence.cached = found
             copies = self.memory.prepare(sequence, length)
             self._start(sequence)
             growth += self._growth(sequence) if self.config.reserve == "expected" else 0

@@ -1,4 +1,4 @@
-"""What the scheduler counts."""
+"""What the scheduler counts, and what it holds."""
 
 import dataclasses
 
@@ -15,6 +15,8 @@ class Statistics:
       decoded: drawn.
       preemptions: sequences that lost their pages.
       peak_pages: most pages that sequences held at once.
+      failed: requests that ended because something went wrong with them alone.
+      compilations: programs that steps had to wait for, since the warm-up.
     """
 
     steps: int = 0
@@ -24,3 +26,15 @@ class Statistics:
     decoded: int = 0
     preemptions: int = 0
     peak_pages: int = 0
+    failed: int = 0
+    compilations: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """At one moment: sequences that run and that wait, pages that sequences hold, and how many pages there are."""
+
+    running: int
+    waiting: int
+    held_pages: int
+    pages: int

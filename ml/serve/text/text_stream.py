@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable, Sequence
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
 # The first bytes of a character that misses its last one: at most three, and a decoder may show each by itself.
 _MOST_HELD = 3
+# Ids of the prompt that are decoded with the first new ones; more if these begin inside a character.
+_CONTEXT = (8, 16, 32, 64)
 
 
 class TextStream:
@@ -14,7 +16,7 @@ class TextStream:
     space, the first bytes of a character).
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], prompt: Iterable[int] = ()):
+    def __init__(self, decode: Callable[[Sequence[int]], str], prompt: Sequence[int] = ()):
         """Starts after ``prompt``, whose text is not given out again.
 
         Args:
@@ -22,7 +24,7 @@ class TextStream:
           prompt: ids of whole characters that the sequence continues.
         """
         self._decode = decode
-        self._ids = list(prompt)
+        self._ids = _context(decode, prompt)
         self._given = decode(self._ids) if self._ids else ""  # what of the window's text is out already
         self._clean = len(self._ids)  # ids up to here end at the end of a character
 
@@ -54,3 +56,13 @@ class TextStream:
         new = text[len(self._given) :]
         self._given = text
         return new
+
+
+def _context(decode: Callable[[Sequence[int]], str], prompt: Sequence[int]) -> list[int]:
+    """The end of the prompt, cut between two characters."""
+    tail: list[int] = []
+    for size in _CONTEXT:
+        tail = list(prompt[-size:])
+        if len(tail) == len(prompt) or not decode(tail).startswith(_BROKEN):
+            break
+    return tail

@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from ml.serve.text_stream import TextStream
+from ml.serve.text.text_stream import TextStream
 
 TEXT = "naïve €uro 漢字 👩‍👩‍👧 e\u0301 \N{REPLACEMENT CHARACTER} ok 🎉"
 
@@ -100,3 +100,18 @@ def test_work_per_piece_does_not_grow_with_the_text():
     for byte in ("ab漢€" * 200).encode():
         stream.push([byte])
     assert longest < 16
+
+
+def test_a_long_prompt_is_not_decoded_as_a_whole():
+    longest = 0
+
+    def decode(ids):
+        nonlocal longest
+        longest = max(longest, len(ids))
+        return _byte_fallback(ids)
+
+    # Wherever the end of the prompt is cut, what follows it reads the same.
+    for prompt in ("ab漢字€ " * 300, "漢" * 300, "x" * 500 + "🎉🎉", "x" * 501 + "🎉🎉"):
+        stream = TextStream(decode, prompt.encode())
+        assert stream.push(" 字 b".encode()) + stream.finish() == " 字 b"
+    assert longest < 80
