@@ -206,7 +206,9 @@ class Runner:
             return copy_pages.lower(self._state.cache, *self._copies(())).compile()
         vocab = self._model.config.vocab_size
         shape = (self._settings.max_running, vocab)
-        written: Any = Written(jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.bool_))
+        counts: Any = jax.ShapeDtypeStruct(shape, jnp.int32)
+        flags: Any = jax.ShapeDtypeStruct(shape, jnp.bool_)
+        written = Written(counts, flags)
         if key == "begin":
             return begin_text.lower(written, np.int32(0), np.zeros(vocab, np.int32), np.zeros(vocab, bool)).compile()
         batch = self._batch(Step(0, (), (), 1), key, (), ())

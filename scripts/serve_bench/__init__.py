@@ -1,0 +1,1 @@
+"""The parts of `scripts/bench_serve.py`: what is asked for, who answers, and how the answers are compared."""
