@@ -48,7 +48,7 @@ def root(tmp_path_factory, before):
     rng = random.Random(0)
     lines = []
     for i in range(REQUESTS):
-        body = {"prompt": f"Fünf große Äpfel für 3 €: {i}", "temperature": 0, "max_tokens": rng.randrange(1, 30)}
+        body = {"prompt": f"qwxz 0246 8975 hjkq yvb: {i}", "temperature": 0, "max_tokens": rng.randrange(1, 30)}
         body |= rng.choice([{}, {}, {"stop": ["e"]}, {"temperature": 1.0}, {"n": 2, "temperature": 0.7}])
         lines.append(json.dumps({"custom_id": f"é {i}", "method": "POST", "url": "/v1/completions", "body": body}))
     lines[40] = "{broken"

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable, Sequence
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
 # The first bytes of a character that misses its last one: at most three, and a decoder may show each by itself.
 _MOST_HELD = 3
-# Ids of the prompt that are decoded with the first new ones; more if these begin inside a character.
-_CONTEXT = (8, 16, 32, 64)
+# Ids of the prompt that are decoded with the first new ones: a few more if these would begin inside a character.
+_CONTEXT = (8, 9, 10, 11, 16, 32)
 
 
 class TextStream:
