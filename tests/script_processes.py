@@ -54,11 +54,16 @@ class Run:
 
     @property
     def stdout(self) -> str:
-        return self._stdout.read_text()
+        return _text(self._stdout)
 
     @property
     def stderr(self) -> str:
-        return self._stderr.read_text()
+        return _text(self._stderr)
+
+
+def _text(path: Path) -> str:
+    """What was written so far: the process may not have got as far as to make the file."""
+    return path.read_text() if path.exists() else ""
 
 
 def start(script: str | os.PathLike[str], *arguments: object, before: str = "") -> Run:

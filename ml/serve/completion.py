@@ -16,8 +16,8 @@ class Completion:
 
     Attributes:
       tokens: generated ids, without the stop token.
-      finish_reason: ``stop`` (a stop token came, or the structured output is whole), ``length`` (``max_tokens`` reached), ``cancelled``, or ``failed``
-        (the request could not go on; the log says why).
+      finish_reason: ``stop`` (a stop token came, or the structured output is whole), ``length`` (``max_tokens``
+        reached), ``cancelled``, or ``failed`` (the request could not go on; the log says why).
       logprobs: of each token, if they were asked for.
       prompt_logprobs: of each token of the prompt, if they were asked for; ``None`` for the first, which follows
         nothing.

@@ -109,7 +109,8 @@ class Engine:
 
         Args:
           samplings: examples of what requests will ask for. Programs differ by penalties, biases (and ``min_tokens``),
-            log-probabilities, and whether the output is structured; not by other parameters, nor by lengths and numbers of requests.
+            log-probabilities, and whether the output is structured; not by other parameters, nor by lengths and numbers
+            of requests.
           threads: that compile at once; ``None``: one per processor.
 
         Returns:

@@ -104,7 +104,9 @@ def _cached(name, tokens, chunk=1, **options):
     return np.concatenate(out, axis=1)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in ("window", "grouped") else n for n in ARCHITECTURES]
+)
 def test_cached_logits_equal_uncached(name):
     model, params = _model(name)
     tokens = _tokens()

@@ -238,7 +238,7 @@ def test_the_cache_is_updated_in_place():
     one = engine(cache_tokens=2**16)
     model = Transformer(weights()[0])
     kind = program.Kind(4, None)
-    cache = one._runner.cache
+    cache = one._runner._state.cache
     memory = one._runner._compile(kind).memory_analysis()
     assert model.config.num_layers == cache.key.shape[0]
     if memory is not None:  # not every backend tells
