@@ -44,6 +44,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("requests", 256, "prompts of the job", lower_bound=1)
     flags.DEFINE_integer("rounds", 5, "turns of each", lower_bound=1)
     flags.DEFINE_integer("threads", 2, "threads (and cores) of each side", lower_bound=1)
+    flags.DEFINE_boolean("allow_load", False, "measure although others use the machine; the result says so")
     flags.DEFINE_string("output", "docs/results/cpu", "folder to write bench_serve_JOB.json to")
 
 
@@ -55,7 +56,11 @@ def main() -> None:
     peer_python = (_ROOT / args.peer_python).absolute()
     if args.peer and not peer_python.exists():
         raise UserError(f"--peer_python={args.peer_python}: no such interpreter; `make env-parity` makes it")
-    _check_quiet()
+    busy = _busy_share()
+    if busy > _BUSY and not args.allow_load:
+        raise UserError(
+            f"others take {busy:.0%} of this machine's time: stop them, or give --allow_load and trust nothing"
+        )
     with tempfile.TemporaryDirectory() as folder:
         model = _write_model(Path(folder))
         sides = {"megabatch": _side("megabatch", sys.executable, model)}
@@ -72,6 +77,7 @@ def main() -> None:
         "command": "python scripts/bench_serve.py " + " ".join(sys.argv[1:]),
         "device": f"{args.threads} threads of {_cpu()}",
         "settings": {"job": args.job, "requests": args.requests, "rounds": args.rounds, "dtype": "float32"},
+        "busy_before": round(busy, 3),
         "peer_batches_tried": probe,
         "results": results,
     }
@@ -153,8 +159,9 @@ def _summary(options: dict, answers: list[dict], reference: list[list[int]]) -> 
 
 def _agreement(tokens: list[int], reference: list[int]) -> float:
     """The share of tokens before the first that differs."""
-    same = next((i for i, (a, b) in enumerate(zip(tokens, reference, strict=False)) if a != b), len(reference))
-    return same / max(len(tokens), len(reference))
+    pairs = zip(tokens, reference, strict=False)
+    shorter, longer = sorted((len(tokens), len(reference)))
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), shorter) / longer
 
 
 def _write_model(folder: Path) -> Path:
@@ -173,23 +180,28 @@ def _write_model(folder: Path) -> Path:
     return folder / "model"
 
 
-def _check_quiet() -> None:
-    """Refuses a machine that others keep busy."""
+def _refuse(busy: float) -> None:
     from ml.errors import UserError
 
+    if busy > _BUSY:
+        raise UserError(
+            f"others take {busy:.0%} of this machine's time: stop them, or give --allow_load to measure anyway"
+        )
+
+
+def _busy_share(seconds: float = 3.0) -> float:
+    """The share of the machine's time that others take."""
+
     def times() -> tuple[int, int]:
-        fields = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        fields = [int(x) for x in stat.read_text().split("\n", 1)[0].split()[1:9]]
         return sum(fields) - fields[3] - fields[4], sum(fields)
 
-    if not Path("/proc/stat").exists():
-        return
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return 0.0
     busy, total = times()
-    time.sleep(3)
-    share = (times()[0] - busy) / max(1, times()[1] - total)
-    if share > _BUSY:
-        raise UserError(
-            f"other programs take {share:.0%} of this machine's time: wait, or stop them, and measure again"
-        )
+    time.sleep(seconds)
+    return (times()[0] - busy) / max(1, times()[1] - total)
 
 
 def _cpu() -> str:

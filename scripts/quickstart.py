@@ -1,4 +1,4 @@
-"""The first minutes: trains `configs/lm/quickstart.py`, samples from its checkpoint, reports."""
+"""The first minutes: trains `configs/lm/quickstart.py`, samples from its checkpoint, answers a batch, reports."""
 
 import signal
 import sys
@@ -8,7 +8,8 @@ import app
 from absl import flags
 
 _USAGE = """
-Trains a small language model on this machine, then lets it write. Ctrl-C saves; the same command goes on.
+Trains a small language model on this machine, then lets it write and answer a batch. Ctrl-C saves; the same command
+goes on.
 
   python scripts/quickstart.py --workdir=runs/quickstart
 """
@@ -21,11 +22,12 @@ if __name__ == "__main__":
 
 
 def main() -> None:
-    """Trains, samples, reports."""
+    """Trains, samples, reports, answers a batch."""
     import config_flag
     from rich.console import Console
 
     from ml.config import build
+    from ml.serve.batch.demonstration import answer_shared_prefix
     from ml.train.config import ExperimentConfig
     from ml.train.loop import train
     from ml.train.reporting import print_report
@@ -40,6 +42,7 @@ def main() -> None:
     texts = write_samples(result.workdir.path)
     samples.write_text("\n\n".join(texts) + "\n")
     print_report(summarize(result, samples=str(samples), sample=texts[0]), Console())
+    print(f"\n{answer_shared_prefix(result.workdir.path)}")
     print(f'\nWrite more:  .venv/bin/python scripts/generate.py --model={flags.FLAGS.workdir} --prompt="def "')
 
 

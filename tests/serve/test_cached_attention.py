@@ -105,7 +105,11 @@ def _cached(name, tokens, chunk=1, **options):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n in ("window", "grouped") else n for n in ARCHITECTURES]
+    "name",
+    [
+        pytest.param(n, marks=pytest.mark.slow) if n in ("window", "grouped", "learned_positions") else n
+        for n in ARCHITECTURES
+    ],
 )
 def test_cached_logits_equal_uncached(name):
     model, params = _model(name)

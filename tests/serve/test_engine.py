@@ -27,7 +27,9 @@ from ml.serve.sampling import SamplingParams
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "experts" else n for n in ARCHITECTURES]
+)
 def test_greedy_text_is_that_of_the_whole_forward(name):
     """Cold and cached, in company, several samples, with so little room that sequences lose their pages."""
     given, asked = prompts(20), greedy_requests(20, most_samples=2)
