@@ -72,28 +72,29 @@ class Runner:
           pages: pages of the cache.
           max_length: most tokens of a sequence; with the page size, the width of block tables.
         """
-        dtype = settings.dtype if settings.cache_dtype is None else settings.cache_dtype
-        cache = empty_cache(config, pages, settings.page_size, dtype)
         self._model, self._params = Transformer(config, dtype=settings.dtype), params
         self._settings, self._pages = settings, pages
         self._fixed = Fixed(settings.decode_steps, settings.invariant, settings.implementation)
         self._width = -(-max_length // settings.page_size)
         self._buckets = Buckets(settings.max_running, settings.token_budget)
-        self._sharing = Sharing(config, settings, cache)
-        self._state = State(cache, jnp.zeros(settings.max_running, jnp.int32))
+        self._state = self._empty()
+        self._sharing = Sharing(config, settings, self._state.cache)
         self._written: Written | None = None
         self._of_slot: dict[int, SamplingParams] = {}
         self._programs = Programs(self._compile)
 
     def reset(self) -> None:
         """Forgets all sequences; the cache is a new one."""
-        settings, config = self._settings, self._model.config
         nothing: Any = None
         self._state = nothing  # the old cache goes first: there is no room for two
         self._written, self._of_slot = None, {}
+        self._state = self._empty()
+
+    def _empty(self) -> State:
+        settings = self._settings
         dtype = settings.dtype if settings.cache_dtype is None else settings.cache_dtype
-        cache = empty_cache(config, self._pages, settings.page_size, dtype)
-        self._state = State(cache, jnp.zeros(settings.max_running, jnp.int32))
+        cache = empty_cache(self._model.config, self._pages, settings.page_size, dtype)
+        return State(cache, jnp.zeros(settings.max_running, jnp.int32))
 
     @property
     def compilations(self) -> int:
