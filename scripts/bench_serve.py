@@ -57,10 +57,8 @@ def main() -> None:
     if args.peer and not peer_python.exists():
         raise UserError(f"--peer_python={args.peer_python}: no such interpreter; `make env-parity` makes it")
     busy = _busy_share()
-    if busy > _BUSY and not args.allow_load:
-        raise UserError(
-            f"others take {busy:.0%} of this machine's time: stop them, or give --allow_load and trust nothing"
-        )
+    if not args.allow_load:
+        _refuse(busy)
     with tempfile.TemporaryDirectory() as folder:
         model = _write_model(Path(folder))
         sides = {"megabatch": _side("megabatch", sys.executable, model)}

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import random
 import sys
 
 import pytest
@@ -33,6 +34,27 @@ os.environ["MPLBACKEND"] = "Agg"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--one-case-each",
+        action="store_true",
+        help="run each test function with one of its parameter sets only: a quick look at the whole",
+    )
+
+
+@pytest.hookimpl(trylast=True)  # after -m and -k have chosen
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--one-case-each"):
+        return
+    cases = {}
+    for item in items:
+        cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    # By name, so that functions with the same parameters take different ones.
+    chosen = {random.Random(name).choice(each) for name, each in cases.items()}
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = [item for item in items if item in chosen]
 
 
 def _uncached():

@@ -119,7 +119,7 @@ class Runner:
             options = self._options([sampling], entry)
             keys += ["begin"] if sampling.penalizes else []
             for rows, tokens in self._buckets.shapes():
-                for planned in (False, True)[: 1 + (self._sharing.enabled and rows > 1)]:
+                for planned in (False, True)[: 1 + self._sharing.possible(rows)]:
                     kind = Kind(rows, tokens, planned, **options)
                     keys.append(kind)
                     if sampling.prompt_logprobs is not None and tokens is not None:
@@ -164,12 +164,12 @@ class Runner:
         tops = [_prompt_top(row, asked) for row, asked in zip(step.rows, params, strict=True)]
         prompt_top = max((top for top in tops if top is not None), default=None)
         decode = all(row.fed == 1 for row in step.rows) and prompt_top is None
-        drawing = [asked for row, asked in zip(step.rows, params, strict=True) if row.samples]
         kind = self._ready(
             Kind(
                 *self._buckets.shape(len(step.rows), step.fed, decode),
                 prompt_top=None if prompt_top is None else fit(_TOPS, prompt_top),
-                **self._options(drawing, max(map(len, entries))),
+                # Of all rows: a prompt's last chunk, which draws, needs no other program than those before it.
+                **self._options(params, max(map(len, entries))),
             )
         )
         batch: Any = self._batch(step, kind, params, entries, allowed or {})

@@ -16,6 +16,8 @@ from pallas_kernels.shared_prefix_attention import Crossover, Shapes, SharedPref
 
 # Nesting of plans. Deeper trees are rare, and a level that is not needed costs little: no tokens, only a merge.
 _LEVELS = 2
+# Fewer rows would save less than half of what they read, and each number of rows is a program more to compile.
+_FEWEST_ROWS = 4
 
 
 class Sharing:
@@ -37,6 +39,10 @@ class Sharing:
             cache_dtype=cache.key.dtype.name,
             implementation=resolve(query, cache, True, settings.implementation),
         )
+
+    def possible(self, rows: int) -> bool:
+        """Whether steps of a program for so many rows may have a plan."""
+        return self.enabled and rows >= _FEWEST_ROWS
 
     @property
     def crossover(self) -> Crossover:
@@ -61,7 +67,7 @@ class Sharing:
           tokens: tokens fed, padding included.
         """
         first = block_table[lengths > self._granularity, 0]
-        if not self.enabled or len(np.unique(first)) == len(first):
+        if not self.possible(len(lengths)) or len(np.unique(first)) == len(first):
             return None
         plan = make_plan(
             block_table,

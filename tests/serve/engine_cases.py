@@ -31,8 +31,9 @@ ARCHITECTURES = {
         "position_embedding": "learned",
     },
 }
-# One small shape for all tests, so that few programs are compiled; engines of the same shape share them.
-SMALL = EngineConfig(page_size=4, max_running=4, token_budget=16, decode_steps=4, share="never")
+# One small shape for all tests, so that few programs are compiled; engines of the same shape share them. The cache has
+# room for one longest sequence, so that many at once lose their pages.
+SMALL = EngineConfig(page_size=4, max_running=4, token_budget=16, decode_steps=4, share="never", cache_tokens=96)
 
 
 @functools.cache

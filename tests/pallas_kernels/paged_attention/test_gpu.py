@@ -26,6 +26,10 @@ def machine(request):
         pytest.skip("JAX 0.10 has no interpreter of Mosaic GPU kernels")
 
 
+def slow(*values, id):  # in the interpreter; one of each kind is quick enough
+    return pytest.param(*values, id=id, marks=pytest.mark.slow)
+
+
 SMALL = GpuConfig(block=128, wide_block=64, workers=3, least=1)
 NARROW = GpuConfig(block=64, warpgroups=1, wide_block=64, workers=3, least=1)
 LENGTHS = (0, 1, 15, 16, 17, 128, 129, 200)
@@ -137,14 +141,23 @@ def check(case, config=SMALL, **options):
 @pytest.mark.parametrize(
     ("config", "sizes", "options"),
     [
-        (SMALL, {}, {}),
-        (SMALL, {"group": 1, "head_dim": 128, "page_size": 64, "dtype": jnp.float16}, {"window": 50, "softcap": 5.0}),
-        (SMALL, {"group": 16, "kv_heads": 1, "starts": (0, 0, 0, 0, 16, 112, 112, 16)}, {"window": jnp.int32(90)}),
-        (SMALL, {"kept": jnp.int8, "group": 2}, {"scale": 0.1}),
-        (SMALL, {"kept": jnp.float8_e4m3fn, "page_size": 32, "head_dim": 128, "group": 2}, {}),
-        (NARROW, {"lengths": (40, 200), "head_dim": 192, "page_size": 128, "group": 3}, {}),
+        pytest.param(SMALL, {}, {}, id="bf16"),
+        pytest.param(
+            SMALL,
+            {"group": 1, "head_dim": 128, "page_size": 64, "dtype": jnp.float16},
+            {"window": 50, "softcap": 5.0},
+            id="f16-window-softcap",
+        ),
+        slow(
+            SMALL,
+            {"group": 16, "kv_heads": 1, "starts": (0, 0, 0, 0, 16, 112, 112, 16)},
+            {"window": jnp.int32(90)},
+            id="starts-traced-window",
+        ),
+        pytest.param(SMALL, {"kept": jnp.int8, "group": 2}, {"scale": 0.1}, id="int8"),
+        slow(SMALL, {"kept": jnp.float8_e4m3fn, "page_size": 32, "head_dim": 128, "group": 2}, {}, id="fp8"),
+        slow(NARROW, {"lengths": (40, 200), "head_dim": 192, "page_size": 128, "group": 3}, {}, id="head192"),
     ],
-    ids=["bf16", "f16-window-softcap", "starts-traced-window", "int8", "fp8", "head192"],
 )
 def test_decodes(config, sizes, options):
     check(make(**sizes), config, **options)
@@ -154,15 +167,21 @@ def test_decodes(config, sizes, options):
 @pytest.mark.parametrize(
     ("sizes", "options"),
     [
-        ({"lengths": (0, 1, 40, 18, 160), "new": (0, 1, 40, 2, 3), "starts": (0, 0, 0, 16, 112)}, {}),
-        ({"lengths": (30, 140), "new": (30, 50), "group": 3, "head_dim": 128}, {"window": jnp.int32(33)}),
-        ({"lengths": (70, 129), "new": (70, 1), "kept": jnp.int8, "kv_heads": 1}, {}),
-        (
+        pytest.param(
+            {"lengths": (0, 1, 40, 18, 160), "new": (0, 1, 40, 2, 3), "starts": (0, 0, 0, 16, 112)}, {}, id="mixed"
+        ),
+        slow(
+            {"lengths": (30, 140), "new": (30, 50), "group": 3, "head_dim": 128},
+            {"window": jnp.int32(33)},
+            id="wide-traced-window",
+        ),
+        pytest.param({"lengths": (70, 129), "new": (70, 1), "kept": jnp.int8, "kv_heads": 1}, {}, id="int8"),
+        slow(
             {"lengths": (90, 40), "new": (33, 40), "kept": jnp.float8_e4m3fn, "page_size": 64, "kv_heads": 1},
             {"window": 40},
+            id="fp8-window",
         ),
     ],
-    ids=["mixed", "wide-traced-window", "int8", "fp8-window"],
 )
 def test_prefills_and_decodes(sizes, options):
     check(make(**sizes), **options)

@@ -95,6 +95,10 @@ def check(query, position, batch, segments, *, written=None, window=None, softca
     return got
 
 
+def slow(*values):  # in the interpreter; one of each kind is quick enough
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 EDGES = (0, 1, 15, 16, 17, 127, 128, 129, 255, 256, 257)
 
 
@@ -102,10 +106,10 @@ EDGES = (0, 1, 15, 16, 17, 127, 128, 129, 255, 256, 257)
     ("heads", "kv_heads", "head_dim", "page_size", "dtype", "query_dtype"),
     [
         (4, 2, 32, 16, "float32", "float32"),
-        (4, 4, 64, 16, "bfloat16", "bfloat16"),
-        pytest.param(6, 2, 128, 64, "bfloat16", "float32", marks=pytest.mark.slow),
+        slow(4, 4, 64, 16, "bfloat16", "bfloat16"),
+        slow(6, 2, 128, 64, "bfloat16", "float32"),
         (16, 1, 64, 128, "bfloat16", "bfloat16"),
-        (4, 4, 32, 16, "int8", "float32"),
+        slow(4, 4, 32, 16, "int8", "float32"),
         (8, 4, 192, 32, "float8_e4m3fn", "float32"),
         (2, 1, 256, 32, "int8", "bfloat16"),
     ],
@@ -143,7 +147,7 @@ LENGTHS, COUNTS, ROWS = (300, 1, 40, 0, 257, 70), (1, 1, 40, 0, 9, 2), 56
 
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dtype", "softcap"),
-    [(4, 2, "float32", None), (4, 4, "bfloat16", 3.0), (3, 1, "float32", None), (8, 4, "int8", None)],
+    [(4, 2, "float32", None), slow(4, 4, "bfloat16", 3.0), slow(3, 1, "float32", None), (8, 4, "int8", None)],
 )
 def test_ragged_rows(heads, kv_heads, dtype, softcap):
     batch = batch_of(LENGTHS, kv_heads=kv_heads, dtype=dtype)
