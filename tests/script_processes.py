@@ -90,7 +90,9 @@ class _Server:
 
     def __init__(self) -> None:
         self._folder, self._count = tempfile.TemporaryDirectory(), 0
-        environment = os.environ | {"XLA_FLAGS": ""}  # one device
+        flags = os.environ.get("XLA_FLAGS", "").split()
+        one_device = " ".join(flag for flag in flags if "device_count" not in flag)
+        environment = os.environ | {"XLA_FLAGS": one_device}
         self._process = subprocess.Popen(
             [sys.executable, __file__],
             stdin=subprocess.PIPE,
@@ -135,6 +137,8 @@ def _fork(request: dict[str, Any]) -> int:
             file = os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(file, number)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        # Tests that run in the background may ignore it, as a shell wants; a script that is interrupted does not.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         exec(request["before"], {})
         sys.argv = request["argv"]
         sys.path.insert(0, str((ROOT / sys.argv[0]).parent))  # as Python does for a script

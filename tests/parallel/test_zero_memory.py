@@ -80,6 +80,7 @@ def gathered(compiled, dtype):
     return total / parameter_count(MODEL).total
 
 
+@pytest.mark.slow  # four compilations for a TPU, which cannot be cached
 def test_what_a_step_takes_on_eight_tpus(absent_tpus):
     planned, devices = {}, topology.parse("v5e:2x4").devices()
     for layout in IN_ALL:

@@ -84,7 +84,9 @@ def test_what_each_layout_holds():
 FACTOR = 1.6
 
 
-@pytest.mark.parametrize("mesh", ["fsdp", "tensor", "zero2"])
+@pytest.mark.parametrize(
+    "mesh", ["fsdp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("tensor", "zero2"))]
+)
 def test_all_of_it_is_near_what_xla_plans(mesh):
     overrides = {"train.attention": "xla", "train.loss_chunk": 64, "train.batch_size": 32}
     config = changed(experiment(mesh=MESHES[mesh]), overrides)

@@ -99,6 +99,7 @@ def planned(**settings):
     return assemble(config, topology.parse("v5e:2x2").devices()).compile().memory_analysis()
 
 
+@pytest.mark.slow  # compilations for a TPU cannot be cached
 def test_what_moves_to_the_host_on_a_tpu(absent_tpus):
     plan, offloaded = planned(remat="full"), planned(remat="offload", offload_optimizer=True)
     moments = 2 * (plan.argument_size_in_bytes - 5 * 4 * 128 * 4) / 3  # parameters and two moments, but for the batch

@@ -29,6 +29,7 @@ SHAPES = {
     "one token": cases.Shape(queries=1, keys=1, heads=2, kv_heads=1, batch=1),
 }  # fmt: skip
 QUICK = {
+    "grouped": ("causal", "anything", "few rows see"),
     "float32 out, capped": ("anything", "few rows see", "all"),
     "wide": ("causal", "anything"),
     "default": ("anything", "few rows see"),
@@ -55,15 +56,15 @@ def test_kernels_give_what_the_formula_gives(name):
     shape = SHAPES[name]
     programs = cases.programs(shape)
     found = cases.masks(shape.queries, shape.keys, shape.batch)
-    for mask in QUICK.get(name, found):
+    for mask in QUICK[name]:
         cases.check(shape, *programs, found[mask])
 
 
 @interpreted
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SLOW)
-def test_other_tiles_and_head_sizes(name):
-    shape = SLOW[name]
+@pytest.mark.parametrize("name", [*SHAPES, *SLOW])
+def test_all_masks_in_other_tiles_and_head_sizes(name):
+    shape = (SHAPES | SLOW)[name]
     programs = cases.programs(shape)
     for mask in cases.masks(shape.queries, shape.keys, shape.batch).values():
         cases.check(shape, *programs, mask)
