@@ -16,7 +16,7 @@ from ml.serve import Completion, Engine, EngineConfig, SamplingParams, ServedMod
 from ml.serve.batch import Job
 from ml.serve.batch.job import terminable
 from ml.serve.scheduling.schedules import SCHEDULES
-from ml.serve.text.served_model import serving_dtype
+from ml.serve.text.served_model import WEIGHTS, serving_dtype
 
 USAGE = """Continues text with a model: the work directory of a training run, or a Hugging Face folder with tokenizer.
 Only the completion goes to stdout; several prompts run as a batch, and their completions follow in order.
@@ -24,8 +24,7 @@ With --input and --output, answers a file in OpenAI's Batch format; a job that w
 
 Examples:
   python scripts/generate.py --model=runs/quickstart --prompt="def main(" --max_tokens=64
-  python scripts/generate.py --model=Qwen3-0.6B --prompt="Once upon a" --prompt="A recipe for" --temperature=0
-  python scripts/generate.py --model=Qwen3-0.6B --input=batch.jsonl --output=out.jsonl --schedule=planned
+  python scripts/generate.py --model=Qwen3-0.6B --input=batch.jsonl --output=out.jsonl --weights=int8
 """
 
 _MODEL = flags.DEFINE_string("model", None, "Folder of the model.")
@@ -42,6 +41,7 @@ _OUTPUT = flags.DEFINE_string("output", None, "File that gets a line for each re
 _ERRORS = flags.DEFINE_string("errors", None, "File for the lines of requests that fail (default: --output too).")
 _SCHEDULE = flags.DEFINE_enum("schedule", "planned", sorted(SCHEDULES), "Order of --input.")
 _CHAT_TEMPLATE = flags.DEFINE_string("chat_template", None, "Jinja file to use instead of the model's own.")
+_WEIGHTS = flags.DEFINE_enum("weights", None, WEIGHTS, "How weights are kept (default: as this machine computes).")
 
 _DEFAULT_MAX_TOKENS = 128
 _NOT_WITH_INPUT = ("prompt", "prompt_file", "max_tokens", "temperature", "top_p", "top_k")
@@ -58,7 +58,7 @@ def main() -> None:
     ids = [model.encode(prompt) for prompt in prompts]
     sampling = [_fit(wanted, len(each), model.config.max_length) for each in ids]
     lengths = [len(each) + asked.max_tokens for each, asked in zip(ids, sampling, strict=True)]
-    settings = EngineConfig.for_job(lengths, model.config.max_length, dtype=serving_dtype())
+    settings = EngineConfig.for_job(lengths, model.config.max_length, dtype=serving_dtype(_WEIGHTS.value))
     engine = Engine(model.config, model.params, settings, stop_ids=model.stop_ids)
     try:
         _print_completions(engine, model.tokenizer, prompts, ids, sampling)
@@ -70,7 +70,9 @@ def _load() -> ServedModel:
     if not _MODEL.value:
         raise UserError("--model is missing: give a work directory or a Hugging Face folder (see generate.py --help)")
     try:
-        return ServedModel.load(_MODEL.value, step=_STEP.value, chat_template=_CHAT_TEMPLATE.value)
+        return ServedModel.load(
+            _MODEL.value, step=_STEP.value, weights=_WEIGHTS.value, chat_template=_CHAT_TEMPLATE.value
+        )
     except UserError as error:
         raise UserError(f"--model: {error}") from error
 
@@ -89,7 +91,7 @@ def _answer_file(model: ServedModel) -> None:
     source, output, errors = (None if f.value is None else Path(f.value) for f in (_INPUT, _OUTPUT, _ERRORS))
     assert source is not None and output is not None  # see _check_job_flags
     job = Job(model, source, output, errors)
-    settings = job.engine_config(schedule=_SCHEDULE.value, dtype=serving_dtype())
+    settings = job.engine_config(schedule=_SCHEDULE.value, dtype=serving_dtype(_WEIGHTS.value))
     grammars = model.grammars() if job.structured else None
     engine = Engine(model.config, model.params, settings, stop_ids=model.stop_ids, grammars=grammars)
     with terminable():

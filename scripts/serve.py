@@ -13,7 +13,7 @@ from ml.serve.api.app import create_app
 from ml.serve.api.listening import listen, serve
 from ml.serve.api.settings import ServerSettings
 from ml.serve.batch.sizing import cache_tokens
-from ml.serve.text.served_model import serving_dtype
+from ml.serve.text.served_model import WEIGHTS, serving_dtype
 
 USAGE = """Serves a model over HTTP as OpenAI does: the work directory of a training run, or a Hugging Face folder.
 
@@ -47,6 +47,7 @@ _CACHE_TOKENS = flags.DEFINE_integer(
     "Tokens that the cache holds (default: those of all that run, or what there is room for).",
     lower_bound=1,
 )
+_WEIGHTS = flags.DEFINE_enum("weights", None, WEIGHTS, "How weights are kept (default: as this machine computes).")
 _CACHE_DTYPE = flags.DEFINE_enum(
     "cache_dtype", None, ["float32", "bfloat16", "int8", "float8_e4m3fn"], "Of keys and values (default: the model's)."
 )
@@ -65,9 +66,9 @@ def main() -> None:
     if not _MODEL.value:
         raise UserError("--model is missing: give a work directory or a Hugging Face folder (see serve.py --help)")
     bound = listen(_HOST.value, _PORT.value)  # first, since loading takes its time
-    dtype = serving_dtype()
+    dtype = serving_dtype(_WEIGHTS.value)
     try:
-        model = ServedModel.load(_MODEL.value, step=_STEP.value, dtype=dtype, chat_template=_TEMPLATE.value)
+        model = ServedModel.load(_MODEL.value, step=_STEP.value, weights=_WEIGHTS.value, chat_template=_TEMPLATE.value)
     except UserError as error:
         flag = "chat_template" if _TEMPLATE.value and str(error).startswith(_TEMPLATE.value) else "model"
         raise UserError(f"--{flag}: {error}") from error

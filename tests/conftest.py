@@ -57,6 +57,16 @@ def pytest_collection_modifyitems(config, items):
     items[:] = [item for item in items if item in chosen]
 
 
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """Programs are compiled without LLVM's costly passes: many of them run for microseconds."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def _uncached():
     """A program for a device that is not here can be written to the cache, but not read again."""
     import jax

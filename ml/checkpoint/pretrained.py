@@ -17,6 +17,7 @@ from ml.models.config import TransformerConfig
 from ml.models.huggingface import load_config, load_params
 from ml.models.huggingface.output_folder import appearing
 from ml.models.huggingface.tokenizers import write_tokenizer
+from ml.models.quantization import leaf_quantizer, quantize_params
 
 _EXPERIMENT = "experiment.json"
 
@@ -27,6 +28,7 @@ def load_model(
     step: int | None = None,
     dtype: Any = None,
     sharding: Callable[[str], jax.sharding.Sharding] | None = None,
+    int8: bool = False,
 ) -> tuple[TransformerConfig, dict[str, Any], Path | None]:
     """Loads a model without knowing which kind of folder holds it.
 
@@ -35,6 +37,7 @@ def load_model(
       step: which checkpoint of a work directory (its moving average, if it keeps one); ``None``: the newest whole one.
       dtype: of the parameters; ``None``: as saved.
       sharding: placement of each leaf by its path (``"layers/mlp/up/kernel"``); ``None``: the default device.
+      int8: see `ml.models.quantization`. Of a Hugging Face folder no more than one leaf is in memory as floats.
 
     Returns:
       The architecture, its parameters as JAX arrays, and the ``tokenizer.json`` (``None`` if there is none).
@@ -48,10 +51,13 @@ def load_model(
         params = _params_to_evaluate(folder, step, dtype)
         if sharding is not None:
             params = jax.tree.map_with_path(lambda keys, leaf: _place(leaf, sharding(leaf_path(keys))), params)
+        if int8:
+            params = quantize_params(config, params, donate=True)
     else:
         if step is not None:
             raise UserError(f"{folder}: a Hugging Face folder has no checkpoint steps; leave the step out")
-        params = load_params(folder, config, dtype=dtype, sharding=sharding)
+        finish = leaf_quantizer(config, donate=True) if int8 else None
+        params = load_params(folder, config, dtype=dtype, sharding=sharding, finish=finish)
     tokenizer = folder / "tokenizer.json"
     return config, params, tokenizer if tokenizer.is_file() else None
 

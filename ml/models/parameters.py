@@ -16,6 +16,22 @@ from ml.errors import UserError
 Placement = Callable[..., PartitionSpec | None]
 
 
+STACKED = frozenset({"layers", "expert"})
+"""Logical axes along which independent tensors are stacked (scanned layers, experts of one layer)."""
+
+
+def matrix_axes(names: tuple[str, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The axes of a kernel that its product sums over, and those that it leaves; the stacked ones are neither.
+
+    Args:
+      names: the kernel's logical axes.
+    """
+    dims = [i for i, name in enumerate(names) if name not in STACKED]
+    # A block's kernel either leaves the residual stream (embed first) or returns to it (embed last).
+    split = -1 if names[dims[-1]] == "embed" else 1
+    return tuple(dims[:split]), tuple(dims[split:])
+
+
 def unplaced(*axes: str | None) -> None:
     """The placement of a model that is not on a mesh."""
     return None

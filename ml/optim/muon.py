@@ -6,10 +6,10 @@ import jax
 import optax
 import optax.contrib
 
+from ml.models.parameters import STACKED, matrix_axes
 from ml.optim.auto_sharding import in_auto_axes
 from ml.optim.builder import Inputs, MomentDtype
 from ml.optim.masks import EXCLUDED, path_names
-from ml.optim.stacking import STACKED
 
 PyTree = Any
 
@@ -80,11 +80,12 @@ def matrix_dimensions(axes: PyTree) -> PyTree:
     """
 
     def numbers(path: tuple[Any, ...], names: tuple[str, ...]) -> optax.contrib.MuonDimensionNumbers | None:
-        dims = [i for i, name in enumerate(names) if name not in STACKED]
-        if len(dims) < 2 or LOOKUP_AXES.intersection(names) or not set(EXCLUDED).isdisjoint(path_names(path)):
+        if (
+            len(set(names) - STACKED) < 2
+            or LOOKUP_AXES.intersection(names)
+            or not set(EXCLUDED).isdisjoint(path_names(path))
+        ):
             return None
-        # A block's kernel either leaves the residual stream (embed first) or returns to it (embed last).
-        split = -1 if names[dims[-1]] == "embed" else 1
-        return optax.contrib.MuonDimensionNumbers(tuple(dims[:split]), tuple(dims[split:]))
+        return optax.contrib.MuonDimensionNumbers(*matrix_axes(names))
 
     return jax.tree_util.tree_map_with_path(numbers, axes, is_leaf=lambda node: isinstance(node, tuple))

@@ -6,10 +6,9 @@ from typing import Any
 import jax
 import optax
 
-PyTree = Any
+from ml.models.parameters import STACKED
 
-STACKED = frozenset({"layers", "expert"})
-"""Logical axes along which independent tensors are stacked (scanned layers, experts of one layer)."""
+PyTree = Any
 
 
 class LogicalAxes:

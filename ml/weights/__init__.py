@@ -7,5 +7,6 @@ leaf's type. So a new way to store or adapt a weight is one file here that regis
 
 from ml.weights.dense import dot, materialize, ragged_dot, take
 from ml.weights.gathered import Gathered
+from ml.weights.quantized import Int8, quantize
 
-__all__ = ["Gathered", "dot", "materialize", "ragged_dot", "take"]
+__all__ = ["Gathered", "Int8", "dot", "materialize", "quantize", "ragged_dot", "take"]

@@ -27,6 +27,7 @@ def load_params(
     *,
     dtype: Any = None,
     sharding: Callable[[str], jax.sharding.Sharding] | None = None,
+    finish: Callable[[str, jax.Array], Any] | None = None,
 ) -> dict[str, Any]:
     """Reads the weights of a Hugging Face model folder into the parameter tree of `Transformer`.
 
@@ -39,6 +40,7 @@ def load_params(
       dtype: of the result; ``None``: each leaf as stored (float32 where its layers differ).
       sharding: placement of each leaf by its path (``"layers/attention/query/kernel"``); called once a leaf, on every
         process of a multi-process run. ``None``: the default device.
+      finish: what becomes of each leaf, by its path, before the next is read: `ml.models.quantization.leaf_quantizer`.
 
     Raises:
       UserError: a missing, unexpected, wrongly shaped, quantized or truncated tensor or file (named).
@@ -63,8 +65,8 @@ def load_params(
         for part in tensor.parts:
             pending[part.path] -= 1
             if not pending[part.path]:
-                leaf = filling.pop(part.path)
-                _insert(params, part.path, _place(leaf, (sharding or _on_default_device)(part.path)))
+                leaf = _place(filling.pop(part.path), (sharding or _on_default_device)(part.path))
+                _insert(params, part.path, leaf if finish is None else finish(part.path, leaf))
     if config.tie_embeddings and "lm_head.weight" in files:
         _check_tied(files, table[0].name)
     return params

@@ -14,10 +14,13 @@ from jaxtyping import PyTree
 
 from ml.checkpoint.pretrained import load_model
 from ml.data.tokenizer import Tokenizer, check_vocab
-from ml.errors import UserError
+from ml.errors import UserError, nearest
 from ml.models import TransformerConfig
 from ml.serve.grammar import Grammars
 from ml.serve.text.chat_template import ChatTemplate
+
+WEIGHTS = ("float32", "bfloat16", "int8")
+"""How weights may be kept; ``int8``: as whole numbers with scales, see `ml.models.quantization`."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,7 +50,7 @@ class ServedModel:
         folder: str | os.PathLike[str],
         *,
         step: int | None = None,
-        dtype: Any = None,
+        weights: str | None = None,
         chat_template: str | os.PathLike[str] | None = None,
     ) -> "ServedModel":
         """Loads a work directory of a training run, or a Hugging Face folder with tokenizer.
@@ -55,14 +58,16 @@ class ServedModel:
         Args:
           folder: where it is.
           step: which checkpoint of a work directory; ``None``: the newest.
-          dtype: of the parameters; ``None``: what this machine computes with (`serving_dtype`).
+          weights: how parameters are kept: see `WEIGHTS`; ``None``: as this machine computes (`serving_dtype`).
           chat_template: a file with a Jinja template, to be used instead of the folder's own.
 
         Raises:
           UserError: something is missing there, damaged, or does not belong together.
         """
         folder = Path(folder).expanduser()
-        config, params, path = load_model(folder, step=step, dtype=serving_dtype() if dtype is None else dtype)
+        dtype = serving_dtype(weights)  # refuses what is no such way
+        int8 = weights == "int8"  # rounded from what was saved, not from what was rounded before
+        config, params, path = load_model(folder, step=step, dtype=None if int8 else dtype, int8=int8)
         if path is None:
             raise UserError(f"{folder} has no tokenizer.json: copy the one the model was trained with there")
         tokenizer = Tokenizer.load(path, where="tokenizer")
@@ -107,9 +112,19 @@ class ServedModel:
         return Grammars(self.tokenizer, self.config.vocab_size, self.stop_ids)
 
 
-def serving_dtype() -> Any:
-    """What this machine computes with: bfloat16, and float32 on a CPU, which has no fast bfloat16."""
-    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+def serving_dtype(weights: str | None = None) -> Any:
+    """The type of activations: that of float weights, else what this machine computes with.
+
+    That is bfloat16, and float32 on a CPU, which has no fast bfloat16.
+
+    Raises:
+      UserError: ``weights`` is not one of `WEIGHTS`.
+    """
+    if weights is not None and weights not in WEIGHTS:
+        raise UserError(f"weights={weights!r}: no such way to keep them; {nearest(weights, WEIGHTS)}")
+    if weights is None or weights == "int8":
+        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    return jnp.dtype(weights)
 
 
 def _opening(folder: Path, tokenizer: Tokenizer, tokenizer_path: Path) -> list[int]:
