@@ -124,7 +124,7 @@ def serving_dtype(weights: str | None = None) -> Any:
         raise UserError(f"weights={weights!r}: no such way to keep them; {nearest(weights, WEIGHTS)}")
     if weights is None or weights == "int8":
         return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    return jnp.dtype(weights)
+    return getattr(jnp, weights)
 
 
 def _opening(folder: Path, tokenizer: Tokenizer, tokenizer_path: Path) -> list[int]:

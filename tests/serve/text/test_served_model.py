@@ -3,6 +3,8 @@
 import json
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import tokenizers
 
@@ -11,7 +13,9 @@ from ml.data.tokenizer import Tokenizer
 from ml.errors import UserError
 from ml.models import Transformer, TransformerConfig, init_params
 from ml.models.huggingface import save_pretrained
+from ml.models.quantization import quantize_params
 from ml.serve.text import ServedModel
+from ml.serve.text.served_model import WEIGHTS, serving_dtype
 
 CONFIG = TransformerConfig(
     vocab_size=300, num_layers=1, embed_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=24, max_length=64
@@ -70,3 +74,15 @@ def test_chat(root, tmp_path):
     message = {"role": "user", "content": "große"}
     assert model.encode_chat([message]) == [*encode("user: große"), end, *encode("assistant: ")]
     assert model.encode_chat([message], add_generation_prompt=False) == [*encode("user: große"), end]
+
+
+def test_weights_are_kept_as_asked(root):
+    halves, whole = (ServedModel.load(root / "run", weights=each).params for each in ("bfloat16", "int8"))
+    assert {leaf.dtype for leaf in jax.tree.leaves(halves)} == {jnp.dtype("bfloat16")}
+    floats = ServedModel.load(root / "run", weights="float32").params
+    jax.tree.map(np.testing.assert_array_equal, whole, quantize_params(CONFIG, floats))
+    # What was saved is rounded, not what a float of 16 bits makes of it.
+    assert whole["layers"]["attention_norm"]["scale"].dtype == jnp.float32
+    with pytest.raises(UserError, match=r"weights='int4'.*did you mean 'int8'\?"):
+        ServedModel.load(root / "run", weights="int4")
+    assert [serving_dtype(weights) for weights in WEIGHTS] == [jnp.float32, jnp.bfloat16, serving_dtype()]
