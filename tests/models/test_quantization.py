@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,11 @@ import pytest
 from test_huggingface_golden import NAMES, load, logits
 
 from ml.checkpoint.pretrained import load_model, save_workdir
-from ml.models import MoEConfig, Transformer, TransformerConfig, init_params, logical_axes
+from ml.models import MoEConfig, Transformer, TransformerConfig, init_params, logical_axes, quantization
 from ml.models.huggingface import save_pretrained
 from ml.models.quantization import quantize_params
 from ml.parallel import MeshConfig, Rules, make_mesh
-from ml.weights import Int8, materialize
+from ml.weights import Int8, materialize, quantize
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 QUICK = {"gemma2", "gpt2", "llama_llama3", "qwen3_moe"}
@@ -110,12 +111,23 @@ def test_logits_hardly_move(name):
     assert 0 < np.sqrt(np.square(error).mean()) <= 0.04 * expected.std()
 
 
-@pytest.mark.parametrize("save", [save_workdir, save_pretrained])
-def test_a_model_is_rounded_as_it_is_loaded(tmp_path, save):
+@pytest.mark.parametrize("save, most", [(save_workdir, 1.05), (save_pretrained, 0.5)], ids=["workdir", "hf"])
+def test_a_model_is_rounded_as_it_is_loaded(tmp_path, save, most, monkeypatch):
     params = params_of(TINY)
     save(tmp_path / "model", TINY, params)
+    gc.collect()
+    before, peak = {id(array) for array in jax.live_arrays()}, 0
+
+    def watched(*arguments):
+        nonlocal peak
+        result = quantize(*arguments)
+        peak = max(peak, sum(array.nbytes for array in jax.live_arrays() if id(array) not in before))
+        return result
+
+    monkeypatch.setattr(quantization, "quantize", watched)
     config, loaded, _ = load_model(tmp_path / "model", int8=True)
     assert config.num_layers == 2
+    assert 0.3 * size(params) < peak < most * size(params), "floats and whole numbers together"
     jax.tree.map(np.testing.assert_array_equal, loaded, quantize_params(TINY, params))
 
 
