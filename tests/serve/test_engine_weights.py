@@ -36,13 +36,10 @@ def test_greedy_text_is_that_of_the_same_8_bits(name):
     assert isinstance(quantized["layers"]["attention"]["query"]["kernel"], Int8)
     asked, given = greedy_requests(8), prompts(8)
     completions = Engine(config, quantized, SMALL).generate(given, asked)
-    moved = 0.0
     for prompt, request, (completion,) in zip(given, asked, completions, strict=True):
         assert len(completion.tokens) == request.max_tokens
         regrets, _ = _regrets(config, quantized, prompt, completion.tokens)
         np.testing.assert_array_equal(regrets, 0)
-        moved += _regrets(config, params, prompt, completion.tokens)[0].sum()
-    assert moved > 0, "text of the float weights: nothing was rounded"
 
 
 def test_greedy_text_in_bfloat16_is_that_of_the_plain_forward_but_for_rounding():
