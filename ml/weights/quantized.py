@@ -19,11 +19,8 @@ _LARGEST = 127
 class Int8:
     """The weight ``values * scale`` (symmetric, absmax; Dettmers et al. 2022, section 2.1).
 
-    Products are taken with the whole numbers, in the type of the activations, and their *results* are scaled. So on an
-    accelerator no float copy of the weight exists: the compiler converts within the product. XLA's CPU compiler
-    converts one layer's weight before each product. That costs nothing from 64 rows on, and with fewer up to 1.6
-    times the product with float32 (4,096 x 4,096, 8 rows, two cores); converting and multiplying 64 output channels at
-    a time would help there, and cost up to 1.3 times with many rows.
+    Products are taken with the whole numbers, in the type of the activations, and their *results* are scaled, so that a
+    compiler can convert within the product. XLA's CPU compiler converts one layer's weight before each product instead.
 
     Attributes:
       values: in the shape of the weight.

@@ -111,6 +111,9 @@ def test_a_scale_that_varies_along_what_is_summed_is_refused():
             operation()
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="JAX 0.10's CPU compiler converts the whole before the loop over its layers"
+)
 def test_no_float_copy_is_made_to_round_a_stacked_kernel():
     w = jax.ShapeDtypeStruct((8, 256, 512), jnp.bfloat16)
     planned = quantize.lower(w, (1,)).compile().memory_analysis()
