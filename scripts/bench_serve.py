@@ -5,11 +5,11 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import app
+import machine
 from absl import flags
 
 _USAGE = """
@@ -23,8 +23,6 @@ Runs jobs through this project's engine and through transformers, interleaved, a
 _ROOT = Path(__file__).resolve().parents[1]
 # Batches among which the peer's best is looked for, and how many requests that takes.
 _BATCHES, _PROBE = (16, 32, 64, 128), 128
-# Above this share of the machine's time taken by others, nothing is measured.
-_BUSY = 0.10
 _OURS = {
     "shared": {"max_running": 256, "token_budget": 1024, "cache_tokens": 2**15},
     "unshared": {"max_running": 64, "token_budget": 512, "cache_tokens": 2**15},
@@ -56,9 +54,9 @@ def main() -> None:
     peer_python = (_ROOT / args.peer_python).absolute()
     if args.peer and not peer_python.exists():
         raise UserError(f"--peer_python={args.peer_python}: no such interpreter; `make env-parity` makes it")
-    busy = _busy_share()
+    busy = machine.busy_share()
     if not args.allow_load:
-        _refuse(busy)
+        machine.refuse(busy)
     with tempfile.TemporaryDirectory() as folder:
         model = _write_model(Path(folder))
         sides = {"megabatch": _side("megabatch", sys.executable, model)}
@@ -73,7 +71,7 @@ def main() -> None:
     first = next(iter(results))
     document = {
         "command": "python scripts/bench_serve.py " + " ".join(sys.argv[1:]),
-        "device": f"{args.threads} threads of {_cpu()}",
+        "device": f"{args.threads} threads of {machine.cpu()}",
         "settings": {"job": args.job, "requests": args.requests, "rounds": args.rounds, "dtype": "float32"},
         "busy_before": round(busy, 3),
         "peer_batches_tried": probe,
@@ -176,35 +174,6 @@ def _write_model(folder: Path) -> Path:
     params = jax.jit(init_params, static_argnums=0)(Transformer(config), jax.random.key(0))
     save_pretrained(folder / "model", config, params, None)
     return folder / "model"
-
-
-def _refuse(busy: float) -> None:
-    from ml.errors import UserError
-
-    if busy > _BUSY:
-        raise UserError(
-            f"others take {busy:.0%} of this machine's time: stop them, or give --allow_load to measure anyway"
-        )
-
-
-def _busy_share(seconds: float = 3.0) -> float:
-    """The share of the machine's time that others take."""
-
-    def times() -> tuple[int, int]:
-        fields = [int(x) for x in stat.read_text().split("\n", 1)[0].split()[1:9]]
-        return sum(fields) - fields[3] - fields[4], sum(fields)
-
-    stat = Path("/proc/stat")
-    if not stat.exists():
-        return 0.0
-    busy, total = times()
-    time.sleep(seconds)
-    return (times()[0] - busy) / max(1, times()[1] - total)
-
-
-def _cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "an unknown CPU")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import app
+import machine
 from absl import flags
 
 _USAGE = """
@@ -92,7 +93,7 @@ def main() -> None:
         print(f"{name:>5}  ratio{speed_ratio:>18.2f} x speed{memory_ratio:>9.2f} x memory")
     document = {
         "command": "python scripts/bench_train.py " + " ".join(sys.argv[1:]),
-        "device": f"{args.threads} threads of {_cpu()}",
+        "device": f"{args.threads} threads of {machine.cpu()}",
         "settings": {"dtype": "float32", "optimizer": "adamw", "turns": args.turns, "steps_per_turn": args.steps},
         "results": results,
     }
@@ -240,11 +241,6 @@ def _peak_memory_mib() -> float:
     """Largest resident size of this process so far."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
-
-
-def _cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 if __name__ == "__main__":

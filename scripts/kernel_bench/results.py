@@ -10,6 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import machine
+
 from kernel_bench.case import BenchCase
 from pallas_kernels.chips import chip_of, peak_flops
 
@@ -36,7 +38,7 @@ def header(device_kind: str, ceilings: dict[str, Any], peer_ceilings: str | None
     """What all cases of a run have in common."""
     device = device_kind
     if device_kind == "cpu":
-        device = f"{len(os.sched_getaffinity(0))} cores of {_cpu()}"
+        device = f"{len(os.sched_getaffinity(0))} cores of {machine.cpu()}"
     return {
         "command": shlex.join(["python", "scripts/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
         "device": device,
@@ -99,8 +101,3 @@ def write(path: Path, document: dict[str, Any]) -> None:
 
 def _time(seconds: float) -> str:
     return f"{seconds * 1e3:>9.3f} ms" if seconds > 1e-3 else f"{seconds * 1e6:>9.1f} us"
-
-
-def _cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())

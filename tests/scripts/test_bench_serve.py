@@ -48,8 +48,8 @@ def test_mistakes(bench, tmp_path):
     wrong = run("bench_serve.py", "--peer=transformers", "--peer_python=nowhere", f"--output={tmp_path}")
     assert error_of(wrong).startswith("error: --peer_python=nowhere: no such interpreter; `make env-parity` makes it")
     with pytest.raises(UserError, match="others take 50% of this machine's time"):
-        bench._refuse(0.5)
-    bench._refuse(0.0)
+        bench.machine.refuse(0.5)
+    bench.machine.refuse(0.0)
     assert not any(tmp_path.iterdir())
 
 
