@@ -21,8 +21,8 @@ Runs jobs through this project's engine and through transformers, interleaved, a
 """
 
 _ROOT = Path(__file__).resolve().parents[1]
-# Batches among which the peer's best is looked for, and how many requests that takes.
-_BATCHES, _PROBE = (16, 32, 64, 128), 128
+# Requests by which the peer's best batch is looked for.
+_PROBE = 128
 _OURS = {
     "shared": {"max_running": 256, "token_budget": 1024, "cache_tokens": 2**15},
     "unshared": {"max_running": 64, "token_budget": 512, "cache_tokens": 2**15},
@@ -38,6 +38,8 @@ def define_flags() -> None:
         "job", "shared", list(_OURS), "shared, unshared: against the peer; two_level: planned against fifo"
     )
     flags.DEFINE_enum("peer", None, ["transformers"], "whom to compare with; none: this engine alone")
+    flags.DEFINE_list("ways", None, "the peer's ways to do the job; none: all of padded, prefix_once, generate_batch")
+    flags.DEFINE_list("batches", ["16", "32", "64", "128"], "the peer's batch sizes, of which the best is taken")
     flags.DEFINE_string("peer_python", ".venv-parity/bin/python", "interpreter that has torch and transformers")
     flags.DEFINE_integer("requests", 256, "prompts of the job", lower_bound=1)
     flags.DEFINE_integer("rounds", 5, "turns of each", lower_bound=1)
@@ -51,6 +53,8 @@ def main() -> None:
     from ml.errors import UserError
 
     args = flags.FLAGS
+    if unknown := set(args.ways or ()) - set(_WAYS.get(args.job, ())):
+        raise UserError(f"--ways={unknown.pop()}: for this job choose from {', '.join(_WAYS.get(args.job, ('none',)))}")
     peer_python = (_ROOT / args.peer_python).absolute()
     if args.peer and not peer_python.exists():
         raise UserError(f"--peer_python={args.peer_python}: no such interpreter; `make env-parity` makes it")
@@ -108,9 +112,9 @@ def _contestants(args: Any, sides: dict[str, Any]) -> tuple[dict[str, tuple[str,
     if args.job == "shared":
         contestants["megabatch/no_shared_attention"] = ("megabatch", ours | {"share": "never"})
     probe: dict[str, Any] = {}
-    for way in _WAYS[args.job] if args.peer else ():
+    for way in args.ways or _WAYS[args.job] if args.peer else ():
         tried = {}
-        for batch in _BATCHES if way != "generate_batch" else (0,):
+        for batch in map(int, args.batches) if way != "generate_batch" else (0,):
             answer = sides[args.peer].run(args.job, min(_PROBE, args.requests), way=way, batch=batch)
             tried[batch] = answer.get("error", answer["seconds"])
             print(f"{args.peer}/{way}, batches of {batch}: {tried[batch]}", flush=True)

@@ -123,8 +123,11 @@ class _Transformers:
     def __call__(self, job: Job, way: str, batch: int) -> dict[str, Any]:
         import torch
 
-        with torch.inference_mode():
+        # Its continuous batching works in a thread of its own, which must not be given this mode's tensors.
+        with torch.no_grad() if way == "generate_batch" else torch.inference_mode():
             tokens = getattr(self, f"_{way}")(job, batch)
+        if any(len(each) != job.new_tokens for each in tokens) or len(tokens) != len(job.prompts):
+            raise RuntimeError("not every request got its tokens")
         return {"tokens": tokens, "version": self.version}
 
     def _padded(self, job: Job, batch: int) -> list[list[int]]:

@@ -47,6 +47,8 @@ def test_what_fails_is_reported_and_the_median_counts(bench):
 def test_mistakes(bench, tmp_path):
     wrong = run("bench_serve.py", "--peer=transformers", "--peer_python=nowhere", f"--output={tmp_path}")
     assert error_of(wrong).startswith("error: --peer_python=nowhere: no such interpreter; `make env-parity` makes it")
+    wrong = run("bench_serve.py", "--job=unshared", "--ways=prefix_once", f"--output={tmp_path}")
+    assert error_of(wrong).startswith("error: --ways=prefix_once: for this job choose from padded, generate_batch")
     with pytest.raises(UserError, match="others take 50% of this machine's time"):
         bench.machine.refuse(0.5)
     bench.machine.refuse(0.0)
