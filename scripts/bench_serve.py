@@ -113,14 +113,15 @@ def _contestants(args: Any, sides: dict[str, Any]) -> tuple[dict[str, tuple[str,
         contestants["megabatch/no_shared_attention"] = ("megabatch", ours | {"share": "never"})
     probe: dict[str, Any] = {}
     for way in args.ways or _WAYS[args.job] if args.peer else ():
-        tried = {}
-        for batch in map(int, args.batches) if way != "generate_batch" else (0,):
+        tried: dict[int, Any] = {}
+        batches = [int(batch) for batch in args.batches] if way != "generate_batch" else [0]
+        for batch in batches if len(batches) > 1 else ():
             answer = sides[args.peer].run(args.job, min(_PROBE, args.requests), way=way, batch=batch)
             tried[batch] = answer.get("error", answer["seconds"])
             print(f"{args.peer}/{way}, batches of {batch}: {tried[batch]}", flush=True)
         probe[way] = tried
         times = {batch: seconds for batch, seconds in tried.items() if not isinstance(seconds, str)}
-        batch = min(times, key=times.__getitem__) if times else 0
+        batch = min(times, key=times.__getitem__) if times else batches[0]
         contestants[f"{args.peer}/{way}"] = (args.peer, {"way": way, "batch": batch})
     return contestants, probe
 
