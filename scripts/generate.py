@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from app import run
@@ -40,6 +41,10 @@ _INPUT = flags.DEFINE_string("input", None, "Requests in OpenAI's Batch file for
 _OUTPUT = flags.DEFINE_string("output", None, "File that gets a line for each request of --input.")
 _ERRORS = flags.DEFINE_string("errors", None, "File for the lines of requests that fail (default: --output too).")
 _SCHEDULE = flags.DEFINE_enum("schedule", "planned", sorted(SCHEDULES), "Order of --input.")
+_SPECULATE = flags.DEFINE_integer(
+    "speculate", 0, "Most tokens guessed and verified at once, where texts repeat themselves; 0: none.", lower_bound=0
+)
+_SPECULATE_NGRAM = flags.DEFINE_integer("speculate_ngram", 3, "Longest n-gram looked up for a guess.", lower_bound=1)
 _CHAT_TEMPLATE = flags.DEFINE_string("chat_template", None, "Jinja file to use instead of the model's own.")
 _WEIGHTS = flags.DEFINE_enum("weights", None, WEIGHTS, "How weights are kept (default: as this machine computes).")
 
@@ -58,12 +63,20 @@ def main() -> None:
     ids = [model.encode(prompt) for prompt in prompts]
     sampling = [_fit(wanted, len(each), model.config.max_length) for each in ids]
     lengths = [len(each) + asked.max_tokens for each, asked in zip(ids, sampling, strict=True)]
-    settings = EngineConfig.for_job(lengths, model.config.max_length, dtype=serving_dtype(_WEIGHTS.value))
+    settings = EngineConfig.for_job(lengths, model.config.max_length, **_settings())
     engine = Engine(model.config, model.params, settings, stop_ids=model.stop_ids)
     try:
         _print_completions(engine, model.tokenizer, prompts, ids, sampling)
     except BrokenPipeError:  # the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _settings() -> dict[str, Any]:
+    return {
+        "speculate": _SPECULATE.value,
+        "speculate_ngram": _SPECULATE_NGRAM.value,
+        "dtype": serving_dtype(_WEIGHTS.value),
+    }
 
 
 def _load() -> ServedModel:
@@ -91,7 +104,7 @@ def _answer_file(model: ServedModel) -> None:
     source, output, errors = (None if f.value is None else Path(f.value) for f in (_INPUT, _OUTPUT, _ERRORS))
     assert source is not None and output is not None  # see _check_job_flags
     job = Job(model, source, output, errors)
-    settings = job.engine_config(schedule=_SCHEDULE.value, dtype=serving_dtype(_WEIGHTS.value))
+    settings = job.engine_config(schedule=_SCHEDULE.value, **_settings())
     grammars = model.grammars() if job.structured else None
     engine = Engine(model.config, model.params, settings, stop_ids=model.stop_ids, grammars=grammars)
     with terminable():

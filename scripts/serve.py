@@ -53,6 +53,10 @@ _CACHE_DTYPE = flags.DEFINE_enum(
 )
 _TOKEN_BUDGET = flags.DEFINE_integer("token_budget", 512, "Most tokens fed in a step.", lower_bound=1)
 _DECODE_STEPS = flags.DEFINE_integer("decode_steps", 8, "Most tokens between two looks: the stream's grain.", 1)
+_SPECULATE = flags.DEFINE_integer(
+    "speculate", 0, "Most tokens guessed and verified at once, where texts repeat themselves; 0: none.", lower_bound=0
+)
+_SPECULATE_NGRAM = flags.DEFINE_integer("speculate_ngram", 3, "Longest n-gram looked up for a guess.", lower_bound=1)
 _SCHEDULE = flags.DEFINE_enum("schedule", "fifo", ["fifo", "prefix"], "Who goes first; prefix: whose prompt is cached.")
 _WARM_UP = flags.DEFINE_bool("warm_up", True, "Compile before the first request comes.")
 _TIMEOUT = flags.DEFINE_float("request_timeout", 600.0, "Most seconds that a request may take.", lower_bound=0.001)
@@ -86,6 +90,8 @@ def main() -> None:
             max_running=_MAX_RUNNING.value,
             token_budget=_TOKEN_BUDGET.value,
             decode_steps=_DECODE_STEPS.value,
+            speculate=_SPECULATE.value,
+            speculate_ngram=_SPECULATE_NGRAM.value,
             schedule="prefix" if _SCHEDULE.value == "prefix" else "fifo",
             dtype=dtype,
             cache_dtype=_CACHE_DTYPE.value,

@@ -14,7 +14,7 @@ from ml.serve.constrained import ConstrainedSamples
 from ml.serve.engine_config import EngineConfig
 from ml.serve.grammar import Grammars
 from ml.serve.runner import Results, Runner
-from ml.serve.sampling import Logprobs, SamplingParams, TokenLogprobs
+from ml.serve.sampling import SamplingParams, TokenLogprobs
 from ml.serve.scheduling.config import SchedulerConfig
 from ml.serve.scheduling.policies import Fifo
 from ml.serve.scheduling.request import FinishReason, Request
@@ -79,6 +79,8 @@ class Engine:
                 token_budget=engine.token_budget,
                 max_running=engine.max_running,
                 decode_steps=engine.decode_steps,
+                speculate=engine.speculate,
+                speculate_ngram=engine.speculate_ngram,
                 max_length=longest,
                 reserve="expected" if planned else "prompt",
             ),
@@ -212,6 +214,8 @@ class Engine:
     def step(self) -> list[News]:
         """Sends the next step to the device and takes in the results of the one before it, while the device works.
 
+        If some that run speculate, first the results: steps with half of them, by turns, would cost more than a wait.
+
         Returns:
           What is new of every sample, with log-probabilities of the new tokens if they were asked for.
         """
@@ -219,6 +223,7 @@ class Engine:
             if name in self._asked and all(sample.done for sample in self._asked[name].samples):
                 del self._asked[name]
         self._ended.clear()
+        news = self._take() if self._in_flight and self._scheduler.awaits else []
         step = self._scheduler.schedule()
         if step is not None:
             for row in step.rows:
@@ -228,9 +233,13 @@ class Engine:
             self._in_flight.append(results)
             for row, error in results.failed:
                 self._fail(row.sequence, error)
-        news, self._failures = self._failures, []
-        if not self._in_flight or (step is not None and len(self._in_flight) < 2):
-            return news
+        if self._in_flight and (step is None or len(self._in_flight) > 1):
+            news += self._take()
+        failures, self._failures = self._failures, []
+        return news + failures
+
+    def _take(self) -> list[News]:
+        """Takes in the results of the earliest step under way."""
         results = self._in_flight.popleft()
         updates = self._scheduler.on_sampled(results.step, results.drawn())
         whole, failed = self._constrained.follow(updates)
@@ -238,11 +247,8 @@ class Engine:
         for sample, error in failed:
             self._fail(sample, error)
         self._note_prompts(results)
-        given = None if results.logprobs is None else results.logprobs.on_host()
         rows = {id(row.sequence): i for i, row in enumerate(results.step.rows)}
-        news += [(update, self._logprobs(given, rows[id(update.sequence)], update)) for update in updates]
-        failures, self._failures = self._failures, []
-        return news + failures
+        return [(update, self._logprobs(results, rows[id(update.sequence)], update)) for update in updates]
 
     def generate(
         self,
@@ -310,6 +316,7 @@ class Engine:
             salt=salt,
             reuse_prefix=sampling.prompt_logprobs is None,
             token_by_token=sampling.structured_output is not None,
+            speculate=sampling.speculates,
         )
 
     def _queue(self, request: Request, sampling: SamplingParams) -> list[Sample]:
@@ -358,8 +365,9 @@ class Engine:
                     asked.prompt_logprobs[row.start + j + 1] = entry
             begin += row.fed
 
-    def _logprobs(self, given: Logprobs | None, row: int, update: Update) -> list[TokenLogprobs] | None:
+    def _logprobs(self, results: Results, row: int, update: Update) -> list[TokenLogprobs] | None:
         wanted = self._asked[update.sequence.request.id].sampling.ranked
+        given = results.given
         if wanted is None or given is None:
             return None
-        return [token_logprobs(given, (i, row), wanted) for i in range(len(update.tokens))]
+        return [token_logprobs(given, results.place(row, i), wanted) for i in range(len(update.tokens))]

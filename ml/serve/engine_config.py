@@ -22,6 +22,11 @@ class EngineConfig:
       max_running: most sequences that run at once.
       token_budget: most tokens that a step feeds to the model: prompts are cut into chunks of what decodes leave.
       decode_steps: most tokens per sequence between two looks of the host, while no prompt waits: the stream's grain.
+      speculate: most tokens of a sequence that are guessed by what followed where its last tokens stood before, and
+        verified in one pass, step by step instead of ``decode_steps``: fewer passes where texts repeat themselves or
+        their prompts; no text depends on it (but for rounding, as it does on company). Requests with penalties,
+        ``min_tokens`` or a structured output do without. 0: off.
+      speculate_ngram: longest n-gram that is looked up; shorter ones are tried after it, down to 2.
       schedule: ``fifo``; ``prefix``: requests whose prompt is cached first; ``planned``: `Engine.generate` orders all
         prompts so that each shared prefix is computed once, used, and freed (Zheng et al. 2024, BatchLLM).
       share: read a prefix that several running sequences have in common once for all of them: ``auto``: where the
@@ -39,6 +44,8 @@ class EngineConfig:
     max_running: int = 64
     token_budget: int = 512
     decode_steps: int = 8
+    speculate: int = 0
+    speculate_ngram: int = 3
     schedule: Literal["fifo", "prefix", "planned"] = "fifo"
     share: Literal["auto", "always", "never"] = "auto"
     dtype: Any = jnp.float32

@@ -33,6 +33,7 @@ class Kind:
       penalizes: whether what was written before changes the logits.
       biases: biased tokens per row.
       masked: whether a grammar says what a row may draw.
+      drafts: most guesses among the tokens that a row feeds, if any does: see `Places`.
     """
 
     rows: int
@@ -43,6 +44,13 @@ class Kind:
     penalizes: bool = False
     biases: int = 0
     masked: bool = False
+    drafts: int = 0
+
+    @property
+    def places(self) -> int:
+        """Most tokens that are drawn, where there are guesses."""
+        assert self.tokens is not None
+        return min(self.tokens, self.rows * (self.drafts + 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +85,21 @@ class Written:
 
 
 @flax.struct.dataclass
+class Places:
+    """After which of the tokens fed one is drawn, where rows that feed guesses draw after each of these too.
+
+    Attributes:
+      token: place among the tokens fed.
+      row: whose it is; a number beyond the rows: padding.
+      ahead: tokens that the same row draws in this step before that one.
+    """
+
+    token: Int[Array | np.ndarray, " places"]
+    row: Int[Array | np.ndarray, " places"]
+    ahead: Int[Array | np.ndarray, " places"]
+
+
+@flax.struct.dataclass
 class Batch:
     """A step as arrays; rows and tokens beyond those in use are padding.
 
@@ -86,12 +109,13 @@ class Batch:
       lengths: tokens of each row, those fed included; 0: padding.
       block_table: pages of each row.
       slot: of each row.
-      samples: tokens that each row draws.
+      samples: tokens that each row draws; 0: none, or some that do not count as drawn before the host has looked.
       number: tokens that each row has drawn before.
       steps: forward passes.
       sampling, constraints, penalties: how rows draw; penalties are presence, frequency and repetition.
       plan: what rows share.
       following: after each token fed, the next one of the prompt.
+      places: of what is drawn; ``None``: after the last token of each row.
     """
 
     tokens: Int[Array | np.ndarray, " tokens"]
@@ -107,6 +131,23 @@ class Batch:
     penalties: tuple[Float[Array | np.ndarray, " rows"], ...] | None = None
     plan: SharedPrefixPlan | None = None
     following: Int[Array | np.ndarray, " tokens"] | None = None
+    places: Places | None = None
+
+    def by_place(self) -> "Batch":
+        """With an entry per place where there was one per row, in all that says how tokens are drawn."""
+        if self.places is None:
+            return self
+        row = self.places.row
+        each = functools.partial(jax.tree.map, lambda x: jnp.asarray(x).at[row].get(mode="clip"))
+        return dataclasses.replace(
+            self,
+            slot=each(self.slot),
+            samples=jnp.asarray(self.samples).at[row].get(mode="fill", fill_value=0),  # padding draws nothing
+            number=each(self.number) + self.places.ahead,
+            sampling=each(self.sampling),
+            constraints=each(self.constraints),
+            penalties=each(self.penalties),
+        )
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -133,11 +174,12 @@ def run_step(
     state: State,
     written: Written | None,
     batch: Batch,
-) -> tuple[State, Written | None, Int[Array, "steps rows"], Logprobs | None, Logprobs | None]:
+) -> tuple[State, Written | None, Int[Array, "passes drawn"], Logprobs | None, Logprobs | None]:
     """One forward pass over all rows, or, if each feeds one token, several over those that draw again.
 
     Returns:
-      What stays; the tokens drawn; their log-probabilities, a leading axis for steps; those of the prompts' tokens.
+      What stays; the tokens drawn in each pass, by row or place; their log-probabilities, with the same axes; those of
+      the prompts' tokens.
     """
     step = functools.partial(_pass, model, fixed, kind, params, batch)
     last = state.last.at[batch.slot].get(mode="clip")
@@ -160,7 +202,7 @@ def run_step(
 
 
 def _pass(model, fixed, kind, params, batch, state, written, tokens, i):
-    """Feeds tokens, and draws one in every row (some of which nobody wants); ``i`` passes went before."""
+    """Feeds tokens, and draws one in every row or place (some of which nobody wants); ``i`` passes went before."""
     active = batch.samples > i
     # A row that draws no more is an empty slot from here on, as padding is.
     lengths = jnp.where((active | (i == 0)) & (batch.lengths > 0), batch.lengths + i, 0)
@@ -184,8 +226,12 @@ def _pass(model, fixed, kind, params, batch, state, written, tokens, i):
             (hidden, batch.following),
             batch_size=min(_LOGITS_AT_ONCE, tokens.shape[0]),
         )
-    if starts is not None:
+    if batch.places is not None:
+        hidden = hidden[batch.places.token]
+    elif starts is not None:
         hidden = hidden[jnp.maximum(starts[1:] - 1, 0)]
+    batch = batch.by_place()
+    active = batch.samples > i
     raw = logits = raw_logits(hidden)
     penalties = None
     if kind.penalizes:

@@ -1,6 +1,8 @@
 """Runs the scheduler's steps on the device: few compiled programs over one cache that is updated in place."""
 
 import dataclasses
+import functools
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +16,7 @@ from ml.models import Transformer, TransformerConfig
 from ml.serve.buckets import Buckets, fit
 from ml.serve.cached_attention import empty_cache
 from ml.serve.engine_config import EngineConfig
-from ml.serve.program import Batch, Fixed, Kind, State, Written, begin_text, copy_pages, run_step
+from ml.serve.program import Batch, Fixed, Kind, Places, State, Written, begin_text, copy_pages, run_step
 from ml.serve.programs import Programs
 from ml.serve.sampling import MAX_BIASES, MAX_LOGPROBS, Constraints, Logprobs, SamplingParams, SamplingRows
 from ml.serve.scheduling.step import Row, Step
@@ -35,14 +37,14 @@ class Results:
 
     Attributes:
       step: the step.
-      tokens: those drawn in each forward pass.
-      logprobs: theirs, with a leading axis for passes, if any row wants them.
+      tokens: those drawn in each forward pass, one per row; or, where there are guesses, row after row in one pass.
+      logprobs: theirs, with the same two leading axes, if any row wants them.
       prompt_logprobs: those of the tokens after each token fed, if any row wants them.
       failed: rows for which something went wrong on the host, and what; others are what they would be without these.
     """
 
     step: Step
-    tokens: Int[Array, "steps rows"]
+    tokens: Int[Array, "passes drawn"]
     logprobs: Logprobs | None
     prompt_logprobs: Logprobs | None
     failed: list[tuple[Row, Exception]]
@@ -50,7 +52,22 @@ class Results:
     def drawn(self) -> list[list[int]]:
         """Tokens of each row of the step."""
         tokens = np.asarray(self.tokens)
-        return [tokens[: row.samples, i].tolist() for i, row in enumerate(self.step.rows)]
+        if not self.step.drafts:
+            return [tokens[: row.samples, i].tolist() for i, row in enumerate(self.step.rows)]
+        return [tokens[0, begin:end].tolist() for begin, end in itertools.pairwise(self._starts)]
+
+    def place(self, row: int, token: int) -> tuple[int, int]:
+        """Where in `tokens` and `logprobs` the ``token``-th of those is that a row of the step drew."""
+        return (0, self._starts[row] + token) if self.step.drafts else (token, row)
+
+    @functools.cached_property
+    def given(self) -> Logprobs | None:
+        """`logprobs`, on the host."""
+        return None if self.logprobs is None else self.logprobs.on_host()
+
+    @functools.cached_property
+    def _starts(self) -> list[int]:
+        return list(itertools.accumulate((row.draws for row in self.step.rows), initial=0))
 
 
 class Runner:
@@ -121,9 +138,13 @@ class Runner:
             for rows, tokens in self._buckets.shapes():
                 for planned in (False, True)[: 1 + self._sharing.possible(rows)]:
                     kind = Kind(rows, tokens, planned, **options)
-                    keys.append(kind)
-                    if sampling.prompt_logprobs is not None and tokens is not None:
-                        keys.append(dataclasses.replace(kind, prompt_top=fit(_TOPS, sampling.prompt_logprobs)))
+                    kinds = [kind]
+                    if tokens is not None and self._settings.speculate:
+                        kinds.append(dataclasses.replace(kind, drafts=self._settings.speculate))
+                    if tokens is not None and sampling.prompt_logprobs is not None:
+                        top = fit(_TOPS, sampling.prompt_logprobs)
+                        kinds += [dataclasses.replace(each, prompt_top=top) for each in kinds]
+                    keys += kinds
         return self._programs.warm_up(keys, threads)
 
     def begin(self, slot: int, sampling: SamplingParams, tokens: Sequence[int], prompt: int) -> None:
@@ -168,6 +189,7 @@ class Runner:
             Kind(
                 *self._buckets.shape(len(step.rows), step.fed, decode),
                 prompt_top=None if prompt_top is None else fit(_TOPS, prompt_top),
+                drafts=self._settings.speculate if step.drafts else 0,
                 # Of all rows: a prompt's last chunk, which draws, needs no other program than those before it.
                 **self._options(params, max(map(len, entries))),
             )
@@ -251,7 +273,9 @@ class Runner:
             starts[i + 1] = begin + row.fed
             tokens[begin : starts[i + 1]] = row.tokens or _NOTHING
             table[i, : len(row.table)] = row.table
-            per_row[:, i] = row.slot, row.start + row.fed, row.samples, row.number
+            # Of what follows a guess the device need not know: the host has the next step fed with what is right.
+            counted = 0 if row.drafts else row.samples
+            per_row[:, i] = row.slot, row.start + row.fed, counted, row.number
             if following is not None:
                 after = row.sequence.request.tokens[row.start + 1 : row.start + row.fed + 1]
                 following[begin : begin + len(after)] = after
@@ -278,6 +302,7 @@ class Runner:
             constraints=constraints,
             penalties=penalties,
             following=following,
+            places=_places(step, starts, kind) if kind.drafts else None,
         )
 
     def _entry(self, row: Row, params: SamplingParams) -> Mapping[int, float]:
@@ -285,6 +310,19 @@ class Runner:
         if row.number < params.min_tokens:
             return {**params.logit_bias, **dict.fromkeys(row.sequence.request.stop_ids, -np.inf)}
         return dict(params.logit_bias)
+
+
+def _places(step: Step, starts: Int[np.ndarray, " rows+1"], kind: Kind) -> Places:
+    token, row, ahead = np.zeros((3, kind.places), np.int32)
+    row[:] = kind.rows
+    begin = 0
+    for i, each in enumerate(step.rows):
+        end = begin + each.draws
+        token[begin:end] = np.arange(starts[i + 1] - each.draws, starts[i + 1])
+        row[begin:end] = i
+        ahead[begin:end] = np.arange(each.draws)
+        begin = end
+    return Places(token, row, ahead)
 
 
 def _constraints(

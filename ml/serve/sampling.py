@@ -121,6 +121,11 @@ class SamplingParams:
         """Whether what was written before changes the logits."""
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
 
+    @property
+    def speculates(self) -> bool:
+        """Whether tokens after a guess are drawn by the same rules as the one before it, whatever the guess is."""
+        return not (self.penalizes or self.min_tokens or self.structured_output is not None)
+
 
 @flax.struct.dataclass
 class SamplingRows:

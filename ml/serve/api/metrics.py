@@ -79,6 +79,9 @@ class _State(Collector):
         yield counter("megabatch_prefix_cache_queries", "Prompt tokens looked up in the cache.", counts.prompt)
         yield counter("megabatch_prefix_cache_hits", "Prompt tokens found in the cache.", counts.cached)
         yield counter("megabatch_generation_tokens", "Drawn.", counts.decoded)
+        drafted, accepted = counts.drafted, counts.accepted
+        yield counter("megabatch_spec_decode_num_draft_tokens", "Guessed, and fed to the model.", drafted)
+        yield counter("megabatch_spec_decode_num_accepted_tokens", "Of those, the ones that were right.", accepted)
         yield counter("megabatch_num_preemptions", "Sequences that lost their pages.", counts.preemptions)
         yield counter("megabatch_engine_steps", "Dispatches to the device.", counts.steps)
         yield counter("megabatch_compilations", "Programs compiled while requests waited.", counts.compilations)

@@ -15,7 +15,7 @@ from ml.errors import UserError
 from ml.serve.batch.input_file import InputFile
 from ml.serve.batch.lines import LINE_BEGINNING, LineError, answer_line, default_seed, digest_of, error_line
 from ml.serve.batch.output_file import OutputFile
-from ml.serve.batch.progress import Counts, Progress, hit_share
+from ml.serve.batch.progress import Counts, Progress, guessed_share, hit_share
 from ml.serve.batch.sizing import cache_tokens
 from ml.serve.engine import Engine
 from ml.serve.engine_config import EngineConfig
@@ -326,7 +326,9 @@ def _summary(result: JobResult, paths: Iterable[Path]) -> str:
         parts[0] += f" ({counts.before:,} of {counts.total:,} were done before)"
     parts.append(f"{statistics.prompt:,} prompt tokens, {hit_share(statistics):.0%} of them cached")
     speed = counts.written / max(result.seconds, 1e-9)
-    parts.append(f"{counts.written:,} tokens written in {result.seconds:.1f} s, {speed:,.0f} tokens/s")
+    guessed = guessed_share(statistics)
+    guesses = "" if guessed is None else f"{guessed:.0%} of them guessed, "
+    parts.append(f"{counts.written:,} tokens written in {result.seconds:.1f} s, {guesses}{speed:,.0f} tokens/s")
     parts.append(" and ".join(map(str, paths)))
     if result.interrupted:
         left = counts.total - counts.done

@@ -98,12 +98,19 @@ class Progress:
 
     def _rates(self) -> str:
         speed = self._counts.written / max(self.seconds, 1e-9)
-        return f"{speed:,.0f} tokens/s, {hit_share(self._statistics):.0%} of prompts cached"
+        rates = f"{speed:,.0f} tokens/s, {hit_share(self._statistics):.0%} of prompts cached"
+        guessed = guessed_share(self._statistics)
+        return rates if guessed is None else f"{rates}, {guessed:.0%} of text guessed"
 
 
 def hit_share(statistics: Statistics) -> float:
     """Which part of the prompts' tokens was found in the cache."""
     return statistics.cached / max(statistics.prompt, 1)
+
+
+def guessed_share(statistics: Statistics) -> float | None:
+    """Which part of the text came from right guesses; ``None``: none was guessed."""
+    return statistics.accepted / max(statistics.decoded, 1) if statistics.drafted else None
 
 
 def _clock(seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 from ml.serve.scheduling.config import SchedulerConfig
 from ml.serve.scheduling.forecast import forecast
+from ml.serve.scheduling.ngrams import Drafter, NgramDrafter
 from ml.serve.scheduling.planner import Plan, Planned, plan
 from ml.serve.scheduling.policies import Fifo, LongestPrefix
 from ml.serve.scheduling.request import FinishReason, Request, Sequence, State
@@ -12,9 +13,11 @@ from ml.serve.scheduling.step import Row, Step, Update
 
 __all__ = [
     "SCHEDULES",
+    "Drafter",
     "Fifo",
     "FinishReason",
     "LongestPrefix",
+    "NgramDrafter",
     "Plan",
     "Planned",
     "Request",

@@ -23,6 +23,9 @@ class SchedulerConfig:
       share_in_flight: whether a request waits for a prefix that another one is computing right now.
       reserve: what admission finds room for: the ``"prompt"``, or also what all that run are ``"expected"`` to draw
         (Zheng et al. 2024, BatchLLM: the batch is sized by memory instead of a number of requests).
+      speculate: most tokens of a sequence that are guessed and fed at once, to be kept as far as they turn out right
+        (Leviathan et al. 2023); 0: none.
+      speculate_ngram: longest n-gram that is looked up for a guess.
     """
 
     pages: int
@@ -35,6 +38,8 @@ class SchedulerConfig:
     max_length: int | None = None
     share_in_flight: bool = True
     reserve: Literal["prompt", "expected"] = "prompt"
+    speculate: int = 0
+    speculate_ngram: int = 3
 
     def __post_init__(self):
         for field in ("pages", "page_size", "token_budget", "max_running", "decode_steps", "chunk_multiple"):
@@ -50,6 +55,13 @@ class SchedulerConfig:
             )
         if self.reserve not in ("prompt", "expected"):
             raise UserError(f"reserve={self.reserve!r}: must be 'prompt' or 'expected'")
+        if not 0 <= self.speculate < self.token_budget:
+            raise UserError(
+                f"speculate={self.speculate}: must be at least 0 (off), often 4, and below "
+                f"token_budget={self.token_budget}"
+            )
+        if self.speculate_ngram < 1:
+            raise UserError(f"speculate_ngram={self.speculate_ngram}: must be at least 1, often 3")
         # All may decode but one, and that one's prompt must still get on.
         least = self.max_running - 1 + self.chunk_multiple
         if self.token_budget < least:

@@ -29,6 +29,8 @@ class Request:
       reuse_prefix: whether cached tokens of the prompt may be used; not if its logits are asked for.
       token_by_token: whether the host must see each token before the next is drawn (a grammar); such a request is
         not planned ahead of the device.
+      speculate: whether several of its tokens may be drawn at once, where guesses of them turn out right; one that is
+        ``token_by_token`` never does.
     """
 
     id: str
@@ -42,6 +44,7 @@ class Request:
     expected_tokens: int | None = None
     reuse_prefix: bool = True
     token_by_token: bool = False
+    speculate: bool = True
 
     def __post_init__(self):
         object.__setattr__(self, "prompt", array.array("i", self.prompt))

@@ -8,8 +8,10 @@ from ml.errors import UserError
 from ml.serve.scheduling.config import SchedulerConfig
 from ml.serve.scheduling.draft import Draft
 from ml.serve.scheduling.memory import CacheMemory
+from ml.serve.scheduling.ngrams import Drafter, NgramDrafter
 from ml.serve.scheduling.policies import Fifo
 from ml.serve.scheduling.request import FinishReason, Request, Sequence, State
+from ml.serve.scheduling.speculation import Speculation
 from ml.serve.scheduling.statistics import Statistics
 from ml.serve.scheduling.step import Step, Update
 
@@ -23,12 +25,18 @@ class Scheduler:
 
     `schedule` may be called again before the results of earlier steps are here: lengths are known without them. Results
     must come through `on_sampled` in the order of the steps. One thread at a time.
+
+    Sequences that speculate wait for their results, and feed guesses beside their last token as far as budget and pages
+    are left over. They are kept while they are what is drawn anyway: no text depends on them.
     """
 
-    def __init__(self, config: SchedulerConfig, policy: Fifo | None = None):
+    def __init__(self, config: SchedulerConfig, policy: Fifo | None = None, drafter: Drafter | None = None):
+        """``drafter`` guesses, if the settings want guesses; ``None``: by n-grams."""
         self.config, self.policy = config, policy or Fifo()
         self.memory = CacheMemory(config.pages, config.page_size)
         self.statistics = Statistics()
+        drafter = drafter or NgramDrafter(config.speculate, config.speculate_ngram)
+        self._speculation = Speculation(config.speculate, drafter, self.memory, self.statistics)
         self._requests: dict[str, list[Sequence]] = {}
         self._waiting: list[Sequence] = []  # by rank
         self._running: list[Sequence] = []  # by rank
@@ -51,6 +59,11 @@ class Scheduler:
     def unfinished(self) -> bool:
         """Whether anything is left to do."""
         return bool(self._waiting or self._running)
+
+    @property
+    def awaits(self) -> bool:
+        """Whether a step that is planned before the next results come leaves out some that would speculate."""
+        return self._speculation.on and any(s.pending and self._speculation.includes(s) for s in self._running)
 
     def use(self, policy: Fifo) -> None:
         """Goes on with another policy.
@@ -131,6 +144,8 @@ class Scheduler:
         self._continue_prompts(draft)
         if self.statistics.preemptions == preempted:
             self._admit(draft)
+            # A page for each that runs, or the next step might take from one what another guessed for.
+            self._speculation.add_guesses(draft, self._watermark + len(self._running))
         return self._hand_out(draft)
 
     def on_sampled(self, step: Step, tokens: SequenceOf[SequenceOf[int]]) -> list[Update]:
@@ -138,7 +153,7 @@ class Scheduler:
 
         Args:
           step: the earliest without results.
-          tokens: per row of the step, what was drawn; what exceeds the row's ``samples`` is ignored.
+          tokens: per row of the step, what was drawn; what exceeds the row's ``draws`` is ignored.
 
         Returns:
           What is new, per sequence. A sequence that has ended since the step was planned is passed over.
@@ -153,10 +168,12 @@ class Scheduler:
             if sequence.done or not row.samples:
                 continue
             sequence.pending -= row.samples
-            new = tuple(map(int, drawn[: row.samples]))
+            new = tuple(map(int, drawn[: row.samples + row.accepted(drawn)]))
             stop = next((i for i, token in enumerate(new) if token in sequence.request.stop_ids), None)
             new = new if stop is None else new[: stop + 1]
             sequence.tokens.extend(new)
+            if row.drafts:
+                self._speculation.verify(row, new)
             if stop is not None:
                 self._end(sequence, FinishReason.STOP)
             elif not sequence.remaining and not sequence.pending:
@@ -168,7 +185,7 @@ class Scheduler:
         for sequence in self._running[:]:
             if sequence.state is not State.RUNNING or sequence.uncomputed != 1 or not sequence.remaining:
                 continue
-            if sequence.pending and sequence.request.token_by_token:
+            if sequence.pending and self._sees_each_token(sequence):
                 continue
             stop = sequence.computed + 1
             if not self.memory.missing(sequence, stop):  # nearly always
@@ -216,11 +233,15 @@ class Scheduler:
             computing.add(self._computing(sequence))
             draft.add(sequence, chunk, copies)
 
+    def _sees_each_token(self, sequence: Sequence) -> bool:
+        """Whether each token must be known here before the next one is drawn."""
+        return sequence.request.token_by_token or self._speculation.includes(sequence)
+
     def _hand_out(self, draft: Draft) -> Step | None:
         if not draft.chunks:
             return None
         decode_steps = 1
-        if all(s.uncomputed == 1 and not s.request.token_by_token for s in draft.chunks):
+        if all(s.uncomputed == 1 and not self._sees_each_token(s) for s in draft.chunks):
             decode_steps = self._look_ahead(draft)
         counts = self.statistics
         counts.steps += 1
@@ -228,9 +249,11 @@ class Scheduler:
         for row in step.rows:
             sequence = row.sequence
             if sequence.uncomputed > 1 or not sequence.drawn:
-                counts.prefilled += row.fed
+                counts.prefilled += row.fed - row.drafts
             counts.decoded += row.samples
-            sequence.computed += row.fed + max(0, row.samples - 1)
+            counts.drafted += row.drafts
+            # Guesses are not its tokens yet.
+            sequence.computed += row.fed - row.drafts + max(0, row.samples - 1)
             sequence.pending += row.samples
         counts.peak_pages = max(counts.peak_pages, self.memory.held)
         self._expected_results.append(step.number)
@@ -303,6 +326,7 @@ class Scheduler:
 
     def _stop(self, sequence: Sequence, keep: int | None) -> None:
         _remove(self._running, sequence)
+        self._speculation.drafter.forget(sequence)
         self._slots.append(sequence.slot)
         sequence.slot = -1
         self.memory.close(sequence, keep)

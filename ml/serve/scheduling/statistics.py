@@ -13,6 +13,8 @@ class Statistics:
       cached: of those, found in the cache.
       prefilled: fed otherwise than one by one, what preemption made necessary included.
       decoded: drawn.
+      drafted: guessed, and fed.
+      accepted: of those, right, and kept.
       preemptions: sequences that lost their pages.
       peak_pages: most pages that sequences held at once.
       failed: requests that ended because something went wrong with them alone.
@@ -24,6 +26,8 @@ class Statistics:
     cached: int = 0
     prefilled: int = 0
     decoded: int = 0
+    drafted: int = 0
+    accepted: int = 0
     preemptions: int = 0
     peak_pages: int = 0
     failed: int = 0

@@ -2,6 +2,7 @@
 
 import array
 import dataclasses
+from collections.abc import Sequence as SequenceOf
 
 from ml.serve.scheduling.request import FinishReason, Sequence
 
@@ -19,6 +20,8 @@ class Row:
       samples: tokens to draw, at most `Step.decode_steps`; 0: a chunk of a prompt that goes on. The first is drawn
         after the last token fed; each further one after the one before it.
       number: tokens drawn for this sequence before.
+      drafts: how many of the tokens fed, at their end, are guesses; a token is drawn after each of them too. Those
+        that follow wrong guesses are worth nothing.
     """
 
     sequence: Sequence
@@ -28,11 +31,23 @@ class Row:
     tokens: "array.array[int]"
     samples: int
     number: int
+    drafts: int = 0
 
     @property
     def fed(self) -> int:
         """Tokens fed in the first forward pass."""
         return len(self.tokens) or 1
+
+    @property
+    def draws(self) -> int:
+        """Tokens drawn, those after guesses included."""
+        return self.samples + self.drafts
+
+    def accepted(self, drawn: SequenceOf[int]) -> int:
+        """How many of the guesses are right: are what was drawn where they stand, as is all before them."""
+        guesses = self.tokens[len(self.tokens) - self.drafts :]
+        pairs = enumerate(zip(guesses, drawn, strict=False))
+        return next((i for i, (guess, token) in pairs if guess != token), min(self.drafts, len(drawn)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,6 +70,11 @@ class Step:
     def fed(self) -> int:
         """Tokens fed in the first forward pass."""
         return sum(row.fed for row in self.rows)
+
+    @property
+    def drafts(self) -> int:
+        """Guesses among them."""
+        return sum(row.drafts for row in self.rows)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

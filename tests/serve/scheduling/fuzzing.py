@@ -4,7 +4,7 @@ import array
 import collections
 
 import numpy as np
-from model_device import VOCABULARY, ModelDevice, answer
+from model_device import VOCABULARY, ModelDevice, answer, reference
 
 from ml.errors import UserError
 from ml.serve.scheduling.config import SchedulerConfig
@@ -18,17 +18,42 @@ from ml.serve.scheduling.step import Step
 def random_config(rng: np.random.Generator) -> SchedulerConfig:
     """Small and tight."""
     max_running, chunk_multiple = int(rng.integers(1, 7)), int(rng.choice([1, 1, 3]))
+    token_budget = max_running - 1 + chunk_multiple + int(rng.integers(0, 24))
     return SchedulerConfig(
         pages=int(rng.integers(6, 40)),
         page_size=int(rng.integers(1, 7)),
-        token_budget=max_running - 1 + chunk_multiple + int(rng.integers(0, 24)),
+        token_budget=token_budget,
         max_running=max_running,
         decode_steps=int(rng.choice([1, 2, 4])),
         watermark=float(rng.choice([0, 0.2])),
         chunk_multiple=chunk_multiple,
         share_in_flight=bool(rng.integers(2)),
         reserve="expected" if rng.integers(3) == 0 else "prompt",
+        speculate=min(int(rng.choice([0, 1, 3, 6])), token_budget - 1),
+        speculate_ngram=int(rng.integers(1, 4)),
     )
+
+
+class HalfRight:
+    """Knows how texts go on, and says so up to a random place."""
+
+    def __init__(self, rng: np.random.Generator):
+        self.rng, self.running = rng, set()
+
+    def propose(self, sequence: Sequence, most: int) -> "array.array[int]":
+        self.running.add(sequence)
+        known = len(sequence.tokens)
+        tokens = reference(sequence.request, sequence.index)[0][known : known + most]
+        for i in range(self.rng.integers(2 * most), len(tokens)):
+            tokens[i] = int(self.rng.integers(VOCABULARY))
+        del tokens[self.rng.integers(2 * most + 1) :]
+        return array.array("i", tokens)
+
+    def learn(self, sequence: Sequence, drafted: int, accepted: int) -> None:
+        assert sequence in self.running and 0 <= accepted <= drafted
+
+    def forget(self, sequence: Sequence) -> None:
+        self.running.discard(sequence)
 
 
 class Fuzzer:
@@ -42,7 +67,8 @@ class Fuzzer:
         self.bases = [self.rng.integers(0, VOCABULARY, 40).tolist() for _ in range(3)]
         self.known: dict[Sequence, list[int]] = {}
         self.requests = [self.request(i) for i in range(400)]
-        self.scheduler = Scheduler(self.config, self.policy(planned=self.requests[:50]))
+        self.drafter = HalfRight(self.rng) if self.rng.integers(4) else None
+        self.scheduler = Scheduler(self.config, self.policy(planned=self.requests[:50]), self.drafter)
         self.requests.reverse()
 
     def run(self, events: int) -> None:
@@ -77,6 +103,7 @@ class Fuzzer:
         assert memory.pool.free == self.config.pages, "pages leak"
         assert not self.scheduler._requests and len(self.scheduler._slots) == self.config.max_running
         assert all(sequence.done for sequence in self.known)
+        assert self.drafter is None or not self.drafter.running
 
     def policy(self, planned: list[Request]) -> Fifo:
         """Any; a plan knows some of the requests, in its own order of them."""
@@ -104,6 +131,7 @@ class Fuzzer:
             expected_tokens=int(self.rng.integers(0, 14)),
             reuse_prefix=bool(self.rng.integers(8)),
             token_by_token=self.rng.integers(8) == 0,
+            speculate=self.rng.integers(4) > 0,
         )
 
     def add(self) -> None:
@@ -125,11 +153,17 @@ class Fuzzer:
         if len(self.flying) == 3:
             return
         first, ready = self.scheduler.running[:1], [s for s in self.scheduler.running if self.can_decode(s)]
+        pending = {s for s in self.scheduler.running if s.pending}
+        assert self.scheduler.awaits == any(self.speculates(s) for s in pending)
+        preemptions = self.scheduler.statistics.preemptions
         step = self.scheduler.schedule()
         self.check_tree()
         self.check_progress(ready, first, step)
         if step is not None:
             self.check_step(step)
+            if step.drafts:
+                self.check_guesses(step, pending)
+                assert self.scheduler.statistics.preemptions == preemptions
             self.flying.append((step, self.device.run(step)))
 
     def deliver(self) -> None:
@@ -173,8 +207,12 @@ class Fuzzer:
 
     def can_decode(self, sequence: Sequence) -> bool:
         """Whether a running sequence has a next token to draw now."""
-        waits = sequence.pending and sequence.request.token_by_token
+        waits = sequence.pending and (sequence.request.token_by_token or self.speculates(sequence))
         return bool(sequence.uncomputed == 1 and sequence.remaining and not waits)
+
+    def speculates(self, sequence: Sequence) -> bool:
+        """Whether its tokens may be guessed."""
+        return bool(self.config.speculate and sequence.request.speculate and not sequence.request.token_by_token)
 
     def check_progress(self, ready: list[Sequence], first: list[Sequence], step: Step | None) -> None:
         """What decoded goes on decoding, unless it lost its pages; the first always gets on."""
@@ -201,6 +239,17 @@ class Fuzzer:
                 assert stop % config.chunk_multiple == 0
             for page in row.table[row.start // config.page_size : -(-stop // config.page_size)]:
                 assert pool.references[page] == 1, f"{row.sequence} writes page {page}, which is shared"
+
+    def check_guesses(self, step: Step, pending: set[Sequence]) -> None:
+        """Who guesses, how much, and that no one has to give way for it."""
+        assert step.decode_steps == 1
+        for row in step.rows:
+            if row.drafts:
+                assert self.speculates(row.sequence) and row.sequence not in pending
+                assert row.samples == 1 and row.fed == row.drafts + 1
+                assert row.drafts <= min(self.config.speculate, row.sequence.request.max_tokens - row.number - 1)
+            elif not row.samples:
+                assert self.config.chunk_multiple > 1, f"{row.sequence} could have fed more than {row.fed} tokens"
 
     def check_tree(self) -> None:
         """Every page of the tree holds what its place in the tree says."""

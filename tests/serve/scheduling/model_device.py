@@ -57,6 +57,8 @@ class ModelDevice:
             fed = list(row.tokens) or [self.last[row.slot]]
             drawn: list[int] = []
             position = row.start
+            guesses = fed[len(fed) - row.drafts :]
+            fed = fed[: len(fed) - row.drafts]
             for feed in [fed, *([None] * (row.samples - 1))]:
                 for token in [drawn[-1]] if feed is None else feed:
                     assert token == tokens[position], f"{row.sequence} is fed a wrong token at {position}"
@@ -69,6 +71,15 @@ class ModelDevice:
                     drawn.append(tokens[position])
             if drawn:
                 last[row.slot] = drawn[-1]
+            right = True
+            for guess in guesses:
+                right = right and guess == tokens[position]
+                cell = (table[position // self.page_size], position % self.page_size)
+                assert cell not in written, f"two sequences write page {cell[0]}"
+                written[cell] = cells[position] if right else hash((cells[position], guess, -1))
+                position += 1
+                drawn.append(tokens[position] if right else guess)
+                last[row.slot] = -1  # nobody knows here how many were right
             results.append(drawn)
         self.cells |= written
         self.last |= last

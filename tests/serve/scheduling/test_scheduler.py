@@ -282,6 +282,9 @@ def test_what_cannot_run_is_refused_with_the_reason():
         ("max_length", 1),
         ("reserve", "all"),
         ("token_budget", 2),
+        ("speculate", -1),
+        ("speculate", 16),
+        ("speculate_ngram", 0),
         ("chunk_multiple", 14),
     ],
 )

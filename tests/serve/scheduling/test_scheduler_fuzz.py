@@ -1,15 +1,19 @@
 """Thousands of random events; and proof that each of many small mistakes would have been seen."""
 
+import array
 import collections
 
 import pytest
-from fuzzing import Fuzzer
+from fuzzing import Fuzzer, HalfRight
+from model_device import reference
 
 from ml.serve.scheduling.memory import CacheMemory
 from ml.serve.scheduling.pages import PagePool
 from ml.serve.scheduling.prefix_tree import Node, PrefixTree
 from ml.serve.scheduling.request import Sequence, State
 from ml.serve.scheduling.scheduler import Scheduler
+from ml.serve.scheduling.speculation import Speculation
+from ml.serve.scheduling.step import Row
 
 
 @pytest.mark.parametrize("seed", range(100))
@@ -34,7 +38,7 @@ def test_everything_happens(monkeypatch):
         return node, kept
 
     monkeypatch.setattr(PrefixTree, "publish", counted)
-    for seed in range(20):
+    for seed in range(30):
         fuzzer = Fuzzer(seed)
         run = fuzzer.device.run
 
@@ -44,13 +48,20 @@ def test_everything_happens(monkeypatch):
             seen["token on the device"] += any(not row.tokens for row in step.rows)
             seen["mixed"] += len({row.fed > 1 for row in step.rows}) > 1
             seen["chunk"] += any(not row.samples for row in step.rows)
-            return run(step)
+            seen["guesses beside a chunk"] += step.drafts > 0 and any(row.drafts < row.fed - 1 for row in step.rows)
+            drawn = run(step)
+            for row, tokens in zip(step.rows, drawn, strict=True):
+                seen["first guess is wrong"] += row.drafts > 0 and not row.accepted(tokens)
+                seen["some guesses are right"] += 0 < row.accepted(tokens) < row.drafts
+                seen["all guesses are right"] += row.accepted(tokens) == row.drafts > 1
+                seen["a guess ends it"] += not row.sequence.request.stop_ids.isdisjoint(tokens[: row.accepted(tokens)])
+            return drawn
 
         fuzzer.device.run = device_run
         fuzzer.run(300)
         seen["preemption"] += fuzzer.scheduler.statistics.preemptions
         seen["cached"] += fuzzer.scheduler.statistics.cached
-    assert len(seen) == 8 and min(seen.values()) > 20, seen
+    assert len(seen) == 13 and min(seen.values()) > 5, seen
 
 
 def _lock_the_node_alone(tree: PrefixTree, node: Node) -> None:
@@ -99,6 +110,36 @@ def _first_gives_way(scheduler: Scheduler, sequence: Sequence) -> bool:
     return True
 
 
+def _one_guess_too_many(row: Row, drawn) -> int:
+    return min(row.drafts, _accepted(row, drawn) + 1)
+
+
+def _count_all_guesses(speculation: Speculation, row: Row, new) -> None:
+    _verify(speculation, row, new)
+    row.sequence.computed += (row.sequence.state is State.RUNNING) * (row.drafts - row.accepted(new))
+
+
+def _count_no_guess(speculation: Speculation, row: Row, new) -> None:
+    computed = row.sequence.computed
+    _verify(speculation, row, new)
+    row.sequence.computed = computed
+
+
+def _guess_ahead(speculation: Speculation, sequence: Sequence) -> bool:
+    return speculation.on and sequence.request.speculate
+
+
+def _publish_guesses(memory: CacheMemory, sequence: Sequence, limit: int | None = None) -> None:
+    computed, tokens, keys = sequence.computed, sequence.tokens, len(sequence.page_keys(memory.page_size))
+    if sequence.pending and not sequence.request.token_by_token:
+        ahead = slice(len(tokens), len(sequence.table) * memory.page_size)
+        sequence.tokens = tokens + array.array("i", reference(sequence.request, sequence.index)[0][ahead])
+        sequence.computed = len(sequence.tokens)
+    _publish(memory, sequence, limit)
+    sequence.computed, sequence.tokens = computed, tokens
+    del sequence._keys[keys:], sequence._chain[keys:]
+
+
 def _wait_for_nothing(scheduler: Scheduler, sequence: Sequence, computing) -> bool:
     pending, sequence.pending = sequence.pending, 0
     waits = _must_wait(scheduler, sequence, computing)
@@ -112,6 +153,7 @@ def _wait_for_ever(scheduler: Scheduler, sequence: Sequence, computing) -> bool:
 
 _publish, _prepare, _close = CacheMemory.publish, CacheMemory.prepare, CacheMemory.close
 _must_wait, _acquire = Scheduler._must_wait, PrefixTree.acquire
+_accepted, _verify = Row.accepted, Speculation.verify
 MUTANTS = {
     "locks one node, not the path to it": (PrefixTree, "_lock", _lock_the_node_alone),
     "evicts what is locked": (Node, "evictable", property(lambda node: not node.children and node.parent is not None)),
@@ -127,6 +169,12 @@ MUTANTS = {
     "resumes without its last token": (Scheduler, "_must_wait", _wait_for_nothing),
     "what was preempted never resumes": (Scheduler, "_must_wait", _wait_for_ever),
     "chunks beyond the budget": (Scheduler, "_chunk", lambda scheduler, sequence, left: sequence.uncomputed),
+    "keeps a wrong guess": (Row, "accepted", _one_guess_too_many),
+    "takes guesses for computed": (Speculation, "verify", _count_all_guesses),
+    "computes guesses again": (Speculation, "verify", _count_no_guess),
+    "guesses what a grammar must see": (Speculation, "includes", _guess_ahead),
+    "publishes guesses": (CacheMemory, "publish", _publish_guesses),
+    "never forgets a text": (HalfRight, "forget", lambda drafter, sequence: None),
     "no more decodes": (Scheduler, "_continue_decodes", lambda scheduler, draft: None),
 }
 
