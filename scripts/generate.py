@@ -13,9 +13,11 @@ from app import run
 
 from ml.data.tokenizer import Tokenizer
 from ml.errors import UserError
-from ml.serve import Completion, Engine, EngineConfig, SamplingParams, ServedModel, TextStream
+from ml.serve import Completion, EngineConfig, SamplingParams, ServedModel, TextStream, make_engine, serving_mesh
 from ml.serve.batch import Job
 from ml.serve.batch.job import terminable
+from ml.serve.front import Front
+from ml.serve.placement import MeshError
 from ml.serve.scheduling.schedules import SCHEDULES
 from ml.serve.text.served_model import WEIGHTS, serving_dtype
 
@@ -25,7 +27,7 @@ With --input and --output, answers a file in OpenAI's Batch format; a job that w
 
 Examples:
   python scripts/generate.py --model=runs/quickstart --prompt="def main(" --max_tokens=64
-  python scripts/generate.py --model=Qwen3-0.6B --input=batch.jsonl --output=out.jsonl --weights=int8
+  python scripts/generate.py --model=Qwen3-0.6B --input=batch.jsonl --output=out.jsonl --weights=int8 --tensor=4
 """
 
 _MODEL = flags.DEFINE_string("model", None, "Folder of the model.")
@@ -45,6 +47,8 @@ _SPECULATE = flags.DEFINE_integer(
     "speculate", 0, "Most tokens guessed and verified at once, where texts repeat themselves; 0: none.", lower_bound=0
 )
 _SPECULATE_NGRAM = flags.DEFINE_integer("speculate_ngram", 3, "Longest n-gram looked up for a guess.", lower_bound=1)
+_TENSOR = flags.DEFINE_integer("tensor", 1, "Devices that share one copy of the model.", lower_bound=1)
+_DATA = flags.DEFINE_integer("data", 1, "Copies of the model, each with a part of the prompts.", lower_bound=1)
 _CHAT_TEMPLATE = flags.DEFINE_string("chat_template", None, "Jinja file to use instead of the model's own.")
 _WEIGHTS = flags.DEFINE_enum("weights", None, WEIGHTS, "How weights are kept (default: as this machine computes).")
 
@@ -64,7 +68,7 @@ def main() -> None:
     sampling = [_fit(wanted, len(each), model.config.max_length) for each in ids]
     lengths = [len(each) + asked.max_tokens for each, asked in zip(ids, sampling, strict=True)]
     settings = EngineConfig.for_job(lengths, model.config.max_length, **_settings())
-    engine = Engine(model.config, model.params, settings, stop_ids=model.stop_ids)
+    engine = make_engine(model.config, model.params, settings, stop_ids=model.stop_ids, mesh=model.mesh)
     try:
         _print_completions(engine, model.tokenizer, prompts, ids, sampling)
     except BrokenPipeError:  # the reader has seen enough
@@ -84,8 +88,14 @@ def _load() -> ServedModel:
         raise UserError("--model is missing: give a work directory or a Hugging Face folder (see generate.py --help)")
     try:
         return ServedModel.load(
-            _MODEL.value, step=_STEP.value, weights=_WEIGHTS.value, chat_template=_CHAT_TEMPLATE.value
+            _MODEL.value,
+            step=_STEP.value,
+            weights=_WEIGHTS.value,
+            chat_template=_CHAT_TEMPLATE.value,
+            mesh=serving_mesh(data=_DATA.value, tensor=_TENSOR.value),
         )
+    except MeshError as error:
+        raise UserError(f"--{error}") from error
     except UserError as error:
         raise UserError(f"--model: {error}") from error
 
@@ -106,7 +116,9 @@ def _answer_file(model: ServedModel) -> None:
     job = Job(model, source, output, errors)
     settings = job.engine_config(schedule=_SCHEDULE.value, **_settings())
     grammars = model.grammars() if job.structured else None
-    engine = Engine(model.config, model.params, settings, stop_ids=model.stop_ids, grammars=grammars)
+    engine = make_engine(
+        model.config, model.params, settings, stop_ids=model.stop_ids, grammars=grammars, mesh=model.mesh
+    )
     with terminable():
         result = job.run(engine, seed=_SEED.value)
     if result.interrupted:
@@ -116,7 +128,7 @@ def _answer_file(model: ServedModel) -> None:
 
 
 def _print_completions(
-    engine: Engine,
+    engine: Front,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     ids: Sequence[list[int]],

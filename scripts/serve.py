@@ -8,11 +8,12 @@ from absl import flags
 from app import run
 
 from ml.errors import UserError
-from ml.serve import Engine, EngineConfig, ServedModel
+from ml.serve import EngineConfig, ServedModel, make_engine, serving_mesh
 from ml.serve.api.app import create_app
 from ml.serve.api.listening import listen, serve
 from ml.serve.api.settings import ServerSettings
 from ml.serve.batch.sizing import cache_tokens
+from ml.serve.placement import MeshError
 from ml.serve.text.served_model import WEIGHTS, serving_dtype
 
 USAGE = """Serves a model over HTTP as OpenAI does: the work directory of a training run, or a Hugging Face folder.
@@ -37,7 +38,7 @@ _API_KEY = flags.DEFINE_string(
 _MAX_LENGTH = flags.DEFINE_integer(
     "max_length", None, "Most tokens of prompt and completion (default: the model's).", lower_bound=1
 )
-_MAX_RUNNING = flags.DEFINE_integer("max_running", 64, "Most sequences that run at once.", lower_bound=1)
+_MAX_RUNNING = flags.DEFINE_integer("max_running", 64, "Most sequences that run at once, in each copy.", lower_bound=1)
 _MAX_QUEUE = flags.DEFINE_integer(
     "max_queue", 1024, "Most sequences that wait; clients beyond get status 429.", lower_bound=0
 )
@@ -58,6 +59,8 @@ _SPECULATE = flags.DEFINE_integer(
 )
 _SPECULATE_NGRAM = flags.DEFINE_integer("speculate_ngram", 3, "Longest n-gram looked up for a guess.", lower_bound=1)
 _SCHEDULE = flags.DEFINE_enum("schedule", "fifo", ["fifo", "prefix"], "Who goes first; prefix: whose prompt is cached.")
+_TENSOR = flags.DEFINE_integer("tensor", 1, "Devices that share one copy of the model.", lower_bound=1)
+_DATA = flags.DEFINE_integer("data", 1, "Copies of the model, each with a part of the requests.", lower_bound=1)
 _WARM_UP = flags.DEFINE_bool("warm_up", True, "Compile before the first request comes.")
 _TIMEOUT = flags.DEFINE_float("request_timeout", 600.0, "Most seconds that a request may take.", lower_bound=0.001)
 _DRAIN = flags.DEFINE_float("drain_seconds", 30.0, "Most seconds that requests get after SIGTERM.", lower_bound=0)
@@ -72,7 +75,15 @@ def main() -> None:
     bound = listen(_HOST.value, _PORT.value)  # first, since loading takes its time
     dtype = serving_dtype(_WEIGHTS.value)
     try:
-        model = ServedModel.load(_MODEL.value, step=_STEP.value, weights=_WEIGHTS.value, chat_template=_TEMPLATE.value)
+        model = ServedModel.load(
+            _MODEL.value,
+            step=_STEP.value,
+            weights=_WEIGHTS.value,
+            chat_template=_TEMPLATE.value,
+            mesh=serving_mesh(data=_DATA.value, tensor=_TENSOR.value),
+        )
+    except MeshError as error:
+        raise UserError(f"--{error}") from error
     except UserError as error:
         flag = "chat_template" if _TEMPLATE.value and str(error).startswith(_TEMPLATE.value) else "model"
         raise UserError(f"--{flag}: {error}") from error
@@ -80,8 +91,8 @@ def main() -> None:
         model = dataclasses.replace(model, name=_NAME.value)
     longest = _MAX_LENGTH.value or model.config.max_length
     cached = dtype if _CACHE_DTYPE.value is None else _CACHE_DTYPE.value
-    tokens = _CACHE_TOKENS.value or cache_tokens(model.config, cached, longest, _MAX_RUNNING.value)
-    engine = Engine(
+    tokens = _CACHE_TOKENS.value or cache_tokens(model.config, cached, longest, _MAX_RUNNING.value, mesh)
+    engine = make_engine(
         model.config,
         model.params,
         EngineConfig(
@@ -98,6 +109,7 @@ def main() -> None:
         ),
         stop_ids=model.stop_ids,
         grammars=model.grammars(),
+        mesh=mesh,
     )
     if _WARM_UP.value:
         print("compiling ahead", file=sys.stderr, flush=True)
@@ -109,7 +121,7 @@ def main() -> None:
         max_body=_MAX_BODY.value * 2**20,
         pooling="last" if _POOLING.value == "last" else "mean",
     )
-    app = create_app(model, engine, settings, capacity=_MAX_RUNNING.value + _MAX_QUEUE.value)
+    app = create_app(model, engine, settings, capacity=_DATA.value * _MAX_RUNNING.value + _MAX_QUEUE.value)
     host, port = bound.getsockname()[:2]
 
     def ready() -> None:

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from ml.serve.engine import Engine
     from ml.serve.engine_config import EngineConfig
     from ml.serve.grammar import Grammars, StructuredOutput
+    from ml.serve.placement import serving_mesh
+    from ml.serve.replicated import make_engine
     from ml.serve.sampling import SamplingParams
     from ml.serve.text.served_model import ServedModel
     from ml.serve.text.stop_strings import StoppableText
@@ -29,6 +31,8 @@ _HOME = {
     "StructuredOutput": "grammar",
     "TextStream": "text.text_stream",
     "empty_cache": "cached_attention",
+    "make_engine": "replicated",
+    "serving_mesh": "placement",
 }
 
 __all__ = [
@@ -43,6 +47,8 @@ __all__ = [
     "StructuredOutput",
     "TextStream",
     "empty_cache",
+    "make_engine",
+    "serving_mesh",
 ]
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Array, Int
 from ml.models import AttentionLayer, TransformerConfig
 from pallas_kernels.paged_attention import Implementation, PagedCache, paged_attention, slots, write
 from pallas_kernels.paged_attention.segments import ragged_positions
+from pallas_kernels.sharded import on_shards
 from pallas_kernels.shared_prefix_attention import SharedPrefixPlan, shared_prefix_attention
 
 
@@ -46,7 +47,20 @@ class PagedAttention:
     def attend(
         self, layer: AttentionLayer, query: jax.Array, key: jax.Array, value: jax.Array, state: PagedCache
     ) -> tuple[jax.Array, PagedCache]:
-        """See `ml.models.AttentionStrategy.attend`."""
+        """See `ml.models.AttentionStrategy.attend`; on a mesh, heads of query and cache are cut alike."""
+        # Each device writes and reads its own heads; a window that all layers have stays static.
+        static = layer.window if isinstance(layer.window, int) else None
+        traced = layer.window if static is None else None
+
+        def local(tables, index, window, query, key, value, state):
+            window = window if static is None else static
+            here = AttentionLayer(index, window, layer.scale, layer.softcap)
+            return tables._on_one_device(here, query, key, value, state)
+
+        operands = (self, jnp.asarray(layer.index), traced, query, key, value, state)
+        return on_shards(local, operands, (query, state))
+
+    def _on_one_device(self, layer, query, key, value, state):
         rows = _rows(query)
         sequence, position = self.places(rows.shape[0])
         where = slots(self.block_table, sequence, position, state.page_size)

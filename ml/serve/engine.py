@@ -2,16 +2,18 @@
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from absl import logging
+from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from ml.errors import UserError
 from ml.models import TransformerConfig
-from ml.serve.completion import Completion, Gathered, token_logprobs
+from ml.serve.completion import token_logprobs
 from ml.serve.constrained import ConstrainedSamples
 from ml.serve.engine_config import EngineConfig
+from ml.serve.front import Front, News
 from ml.serve.grammar import Grammars
 from ml.serve.runner import Results, Runner
 from ml.serve.sampling import SamplingParams, TokenLogprobs
@@ -24,9 +26,6 @@ from ml.serve.scheduling.schedules import make_policy
 from ml.serve.scheduling.statistics import Load, Statistics
 from ml.serve.scheduling.step import Row, Update
 
-# What `Engine.step` says of a sample: its new tokens, and their log-probabilities if they are needed.
-News = tuple[Update, list[TokenLogprobs] | None]
-
 
 @dataclasses.dataclass
 class _Asked:
@@ -37,7 +36,7 @@ class _Asked:
     prompt_logprobs: list[TokenLogprobs | None] | None
 
 
-class Engine:
+class Engine(Front):
     """Continues prompts with one model: continuous batching over a paged cache that shares prefixes.
 
     A request can be added at any time (`add`); `step` advances all that run and says what is new. `generate` does both
@@ -52,8 +51,9 @@ class Engine:
         *,
         stop_ids: Iterable[int] = (),
         grammars: Grammars | None = None,
+        mesh: Mesh | None = None,
     ):
-        """Allocates the cache; ``params`` are kept as they are.
+        """Allocates the cache; ``params`` are kept as they are, in their places on the mesh.
 
         Args:
           config: the architecture.
@@ -61,7 +61,13 @@ class Engine:
           engine: how much runs at once.
           stop_ids: tokens that end every text, such as the tokenizer's end of text.
           grammars: compiles `SamplingParams.structured_output`; ``None``: requests cannot ask for it.
+          mesh: devices that share the model along ``tensor``, from `ml.serve.placement.serving_mesh`; ``None``: one.
+
+        Raises:
+          UserError: ``max_length`` exceeds the model's, or the model cannot be dealt to the mesh.
         """
+        if mesh is not None and mesh.shape["data"] > 1:
+            raise ValueError("an engine is one replica: see ml.serve.replicated.make_engine")
         longest = config.max_length if engine.max_length is None else engine.max_length
         if longest > config.max_length:
             raise UserError(f"max_length={longest} exceeds the model's longest sequence, {config.max_length}: lower it")
@@ -86,8 +92,9 @@ class Engine:
             ),
             policy,
         )
-        self._runner = Runner(config, params, engine, pages=pages, max_length=longest)
+        self._runner = Runner(config, params, engine, pages=pages, max_length=longest, mesh=mesh)
         self._in_flight: collections.deque[Results] = collections.deque()
+        self._idle = True  # nothing was left to send
         self._asked: dict[str, _Asked] = {}
         self._ended: list[str] = []
         self._begun: dict[int, Sample] = {}
@@ -97,200 +104,28 @@ class Engine:
 
     @property
     def statistics(self) -> Statistics:
-        """Counts since the beginning."""
+        """See `Front.statistics`."""
         self._scheduler.statistics.compilations = self._runner.compilations
         return self._scheduler.statistics
 
     @property
     def unfinished(self) -> bool:
-        """Whether `step` has anything to do."""
+        """See `Front.unfinished`."""
         return self._scheduler.unfinished or bool(self._in_flight)
 
     def warm_up(self, samplings: Iterable[SamplingParams] = (SamplingParams(),), *, threads: int | None = None) -> int:
-        """Compiles ahead, so that no request waits for a compiler; the persistent compilation cache makes it quick.
-
-        Args:
-          samplings: examples of what requests will ask for. Programs differ by penalties, biases (and ``min_tokens``),
-            log-probabilities, and whether the output is structured; not by other parameters, nor by lengths and numbers
-            of requests.
-          threads: that compile at once; ``None``: one per processor.
-
-        Returns:
-          How many programs were compiled. `Statistics.compilations` counts from here on.
-        """
+        """See `Front.warm_up`."""
         return self._runner.warm_up(samplings, threads)
 
-    def add(
+    def request(
         self,
         prompt: Sequence[int],
         sampling: SamplingParams,
         request_id: str | None = None,
         priority: int = 0,
         salt: str = "",
-    ) -> list[Sample]:
-        """Queues a request; returns its ``sampling.samples`` samples, which `step` speaks of.
-
-        Args:
-          prompt: token ids, at least one.
-          sampling: what is asked for.
-          request_id: names it; ``None``: a number.
-          priority: smaller goes first.
-          salt: requests share cached tokens only with those of the same salt.
-
-        Raises:
-          UserError: an empty prompt, an id outside the vocabulary, more tokens than the model or the cache takes, or a
-            structured output that cannot be had.
-        """
-        if self.engine.schedule == "planned" and not self._scheduler.unfinished:
-            self._scheduler.use(Fifo())  # the last job's plan has had its use
-        return self._queue(self._request(prompt, sampling, request_id, priority, salt), sampling)
-
-    def add_all(
-        self,
-        prompts: Sequence[Sequence[int]],
-        samplings: Sequence[SamplingParams],
-        request_ids: Sequence[str] | None = None,
-    ) -> list[list[Sample]]:
-        """Queues a job; with ``schedule="planned"`` in an engine that has nothing else to do, in the planned order.
-
-        Args:
-          prompts: token ids, at least one each.
-          samplings: one each.
-          request_ids: likewise; ``None``: numbers.
-
-        Raises:
-          UserError: see `add`; then none is queued.
-        """
-        ids = [None] * len(prompts) if request_ids is None else request_ids
-        requests: list[Request] = []
-        samples: list[list[Sample]] = []
-        try:
-            for prompt, sampling, name in zip(prompts, samplings, ids, strict=True):
-                requests.append(self._request(prompt, sampling, name, 0, ""))
-            if self.engine.schedule == "planned" and not self._scheduler.unfinished:
-                self._scheduler.use(make_policy("planned", requests, self.engine.page_size))
-            for request, sampling in zip(requests, samplings, strict=True):
-                samples.append(self._queue(request, sampling))
-        except UserError as error:
-            number = len(samples) if len(requests) == len(prompts) else len(requests)
-            for added in samples:
-                self.cancel(added[0].request.id)
-            raise UserError(f"prompt {number}: {error}") from error
-        return samples
-
-    @property
-    def load(self) -> Load:
-        """What runs now."""
-        scheduler = self._scheduler
-        pool = scheduler.memory.pool
-        return Load(len(scheduler.running), len(scheduler.waiting), scheduler.memory.held, pool.total)
-
-    def cancel(self, request_id: str, index: int | None = None) -> list[Update]:
-        """Ends a request, or one sample of it; the next step has its pages.
-
-        An id that is not known (any more) is no error.
-        """
-        return self._forget_later(self._scheduler.cancel(request_id, index=index))
-
-    def reset(self) -> None:
-        """Ends all requests and makes the cache anew: after a step failed, nothing on the device is to be trusted."""
-        for name in list(self._asked):
-            self.cancel(name)
-        self._in_flight.clear()
-        self._asked.clear()
-        self._begun.clear()
-        self._ended.clear()
-        self._failures.clear()
-        self._scheduler.reset()
-        self._runner.reset()
-
-    def prompt_logprobs(self, request_id: str) -> list[TokenLogprobs | None] | None:
-        """Log-probabilities of a prompt's tokens, if they were asked for.
-
-        They are complete when a sample has its first token, and are forgotten at the first `step` after its last.
-        """
-        return self._asked[request_id].prompt_logprobs
-
-    def step(self) -> list[News]:
-        """Sends the next step to the device and takes in the results of the one before it, while the device works.
-
-        If some that run speculate, first the results: steps with half of them, by turns, would cost more than a wait.
-
-        Returns:
-          What is new of every sample, with log-probabilities of the new tokens if they were asked for.
-        """
-        for name in self._ended:
-            if name in self._asked and all(sample.done for sample in self._asked[name].samples):
-                del self._asked[name]
-        self._ended.clear()
-        news = self._take() if self._in_flight and self._scheduler.awaits else []
-        step = self._scheduler.schedule()
-        if step is not None:
-            for row in step.rows:
-                if self._begun.get(row.slot) is not row.sequence or not row.number:
-                    self._begin(row)
-            results = self._runner.run(step, self._constrained.allowed(step))
-            self._in_flight.append(results)
-            for row, error in results.failed:
-                self._fail(row.sequence, error)
-        if self._in_flight and (step is None or len(self._in_flight) > 1):
-            news += self._take()
-        failures, self._failures = self._failures, []
-        return news + failures
-
-    def _take(self) -> list[News]:
-        """Takes in the results of the earliest step under way."""
-        results = self._in_flight.popleft()
-        updates = self._scheduler.on_sampled(results.step, results.drawn())
-        whole, failed = self._constrained.follow(updates)
-        updates = self._forget_later(updates + [self._scheduler.finish(s, FinishReason.STOP) for s in whole])
-        for sample, error in failed:
-            self._fail(sample, error)
-        self._note_prompts(results)
-        rows = {id(row.sequence): i for i, row in enumerate(results.step.rows)}
-        return [(update, self._logprobs(results, rows[id(update.sequence)], update)) for update in updates]
-
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
-        on_tokens: Callable[[int, list[int]], None] | None = None,
-    ) -> list[list[Completion]]:
-        """Continues each prompt, ``n`` times.
-
-        Args:
-          prompts: token ids, at least one each.
-          sampling: one for all prompts, or one each.
-          on_tokens: called with a prompt's index and the new tokens of its first sample as they come; not where
-            ``best_of`` chooses among more samples than it gives.
-
-        Raises:
-          UserError: see `add`; then nothing is generated.
-        """
-        asked = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
-        if len(asked) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts, but {len(asked)} sampling parameters")
-        samples = self.add_all(prompts, asked)
-        gathered = [Gathered(s, each) for s, each in zip(samples, asked, strict=True)]
-        place = {id(sample): i for i, each in enumerate(samples) for sample in each}
-        left = sum(map(len, samples))
-        while left:
-            for update, logprobs in self.step():
-                index = place.get(id(update.sequence))
-                if index is None:
-                    continue
-                tokens = gathered[index].push(update, logprobs)
-                left -= update.finish_reason is not None
-                if gathered[index].prompt_logprobs is None:
-                    gathered[index].prompt_logprobs = self.prompt_logprobs(update.sequence.request.id)
-                chosen = asked[index].samples == asked[index].n and not update.sequence.index
-                if on_tokens is not None and chosen and tokens:
-                    on_tokens(index, tokens)
-        return [each.completions() for each in gathered]
-
-    def _request(
-        self, prompt: Sequence[int], sampling: SamplingParams, request_id: str | None, priority: int, salt: str
     ) -> Request:
+        """See `Front.request`."""
         name = f"{self._added}" if request_id is None else request_id
         if not prompt:
             raise UserError(f"request {name!r}: prompt: is empty; begin it with the beginning-of-text token")
@@ -318,6 +153,131 @@ class Engine:
             token_by_token=sampling.structured_output is not None,
             speculate=sampling.speculates,
         )
+
+    def queue(self, request: Request, sampling: SamplingParams) -> list[Sample]:
+        """See `Front.queue`."""
+        if self.engine.schedule == "planned" and not self._scheduler.unfinished:
+            self._scheduler.use(Fifo())  # the last job's plan has had its use
+        return self._queue(request, sampling)
+
+    def queue_all(
+        self, requests: Sequence[Request], samplings: Sequence[SamplingParams], numbers: Sequence[int] | None = None
+    ) -> list[list[Sample]]:
+        """See `Front.queue_all`."""
+        samples: list[list[Sample]] = []
+        if self.engine.schedule == "planned" and not self._scheduler.unfinished:
+            self._scheduler.use(make_policy("planned", requests, self.engine.page_size))
+        try:
+            for request, sampling in zip(requests, samplings, strict=True):
+                samples.append(self._queue(request, sampling))
+        except UserError as error:
+            for added in samples:
+                self.cancel(added[0].request.id)
+            number = len(samples) if numbers is None else numbers[len(samples)]
+            raise UserError(f"prompt {number}: {error}") from error
+        return samples
+
+    @property
+    def load(self) -> Load:
+        """See `Front.load`."""
+        scheduler = self._scheduler
+        pool = scheduler.memory.pool
+        return Load(len(scheduler.running), len(scheduler.waiting), scheduler.memory.held, pool.total)
+
+    def cached(self, request: Request) -> int:
+        """Tokens of a request's prompt that are computed already."""
+        return self._scheduler.memory.cached(Sample(request))
+
+    def cancel(self, request_id: str, index: int | None = None) -> list[Update]:
+        """See `Front.cancel`."""
+        return self._forget_later(self._scheduler.cancel(request_id, index=index))
+
+    def reset(self) -> None:
+        """See `Front.reset`."""
+        for name in list(self._asked):
+            self.cancel(name)
+        self._in_flight.clear()
+        self._asked.clear()
+        self._begun.clear()
+        self._ended.clear()
+        self._failures.clear()
+        self._scheduler.reset()
+        self._runner.reset()
+
+    def prompt_logprobs(self, request_id: str) -> list[TokenLogprobs | None] | None:
+        """See `Front.prompt_logprobs`."""
+        return self._asked[request_id].prompt_logprobs
+
+    def step(self) -> list[News]:
+        """See `Front.step`.
+
+        If some that run speculate, first the results: steps with half of them, by turns, would cost more than a wait.
+        """
+        self._forget_ended()
+        news = self._take() if self.due else []
+        self._send()
+        if self._full:
+            news += self._take()
+        return news + self._failed()
+
+    def send(self) -> None:
+        """The first half of `step`, for one who looks after several engines: the device has its next step."""
+        self._forget_ended()
+        self._send()
+
+    @property
+    def due(self) -> bool:
+        """Whether `receive` will take in results: no step should be sent before."""
+        return self._full or (bool(self._in_flight) and self._scheduler.awaits)
+
+    @property
+    def ready(self) -> bool:
+        """Whether these are here."""
+        return self._in_flight[0].ready
+
+    def receive(self) -> list[News]:
+        """The second half of `step`: waits for the results that are due."""
+        news = self._take() if self.due else []
+        return news + self._failed()
+
+    @property
+    def _full(self) -> bool:
+        """Whether more is under way than the last step that was sent; or that too, if nothing follows."""
+        return len(self._in_flight) > (not self._idle)
+
+    def _send(self) -> None:
+        step = self._scheduler.schedule()
+        self._idle = step is None
+        if step is not None:
+            for row in step.rows:
+                if self._begun.get(row.slot) is not row.sequence or not row.number:
+                    self._begin(row)
+            results = self._runner.run(step, self._constrained.allowed(step))
+            self._in_flight.append(results)
+            for row, error in results.failed:
+                self._fail(row.sequence, error)
+
+    def _take(self) -> list[News]:
+        """Takes in the results of the earliest step under way."""
+        results = self._in_flight.popleft()
+        updates = self._scheduler.on_sampled(results.step, results.drawn())
+        whole, failed = self._constrained.follow(updates)
+        updates = self._forget_later(updates + [self._scheduler.finish(s, FinishReason.STOP) for s in whole])
+        for sample, error in failed:
+            self._fail(sample, error)
+        self._note_prompts(results)
+        rows = {id(row.sequence): i for i, row in enumerate(results.step.rows)}
+        return [(update, self._logprobs(results, rows[id(update.sequence)], update)) for update in updates]
+
+    def _failed(self) -> list[News]:
+        failures, self._failures = self._failures, []
+        return failures
+
+    def _forget_ended(self) -> None:
+        for name in self._ended:
+            if name in self._asked and all(sample.done for sample in self._asked[name].samples):
+                del self._asked[name]
+        self._ended.clear()
 
     def _queue(self, request: Request, sampling: SamplingParams) -> list[Sample]:
         matcher = self._constrained.compile(request, sampling.structured_output)

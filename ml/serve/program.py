@@ -11,9 +11,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ml.models import Transformer, head_params
+from ml.models.parameters import placed
 from ml.serve.cached_attention import PagedAttention
 from ml.serve.sampling import Constraints, Logprobs, Penalties, SamplingRows, logprobs, sample
 from pallas_kernels.paged_attention import Implementation, PagedCache
+from pallas_kernels.sharded import on_shards
 from pallas_kernels.shared_prefix_attention import SharedPrefixPlan
 
 # Tokens of prompts whose log-probabilities are computed at once: logits of all would be large.
@@ -153,7 +155,11 @@ class Batch:
 @functools.partial(jax.jit, donate_argnums=0)
 def copy_pages(cache: PagedCache, source: Int[Array, " copies"], target: Int[Array, " copies"]) -> PagedCache:
     """Copies pages of all layers; a target beyond the cache: none."""
-    return jax.tree.map(lambda x: x.at[:, target].set(x[:, source], mode="drop"), cache)
+
+    def local(cache, source, target):
+        return jax.tree.map(lambda x: x.at[:, target].set(x[:, source], mode="drop"), cache)
+
+    return on_shards(local, (cache, source, target), cache)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -217,7 +223,8 @@ def _pass(model, fixed, kind, params, batch, state, written, tokens, i):
     head = {"params": head_params(model.config, params)}
 
     def raw_logits(hidden):
-        return model.apply(head, hidden[:, None], method="logits")[:, 0]
+        logits: Any = model.apply(head, hidden[:, None], method="logits")
+        return placed(logits, model.place(None, None, None))[:, 0]  # whole: all devices draw the same
 
     prompt = None
     if kind.prompt_top is not None:

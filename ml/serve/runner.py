@@ -6,16 +6,16 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from jax.sharding import Mesh
 from jaxtyping import Array, Int, PyTree
 
 from ml.models import Transformer, TransformerConfig
 from ml.serve.buckets import Buckets, fit
 from ml.serve.cached_attention import empty_cache
 from ml.serve.engine_config import EngineConfig
+from ml.serve.placement import Placement
 from ml.serve.program import Batch, Fixed, Kind, Places, State, Written, begin_text, copy_pages, run_step
 from ml.serve.programs import Programs
 from ml.serve.sampling import MAX_BIASES, MAX_LOGPROBS, Constraints, Logprobs, SamplingParams, SamplingRows
@@ -49,6 +49,12 @@ class Results:
     prompt_logprobs: Logprobs | None
     failed: list[tuple[Row, Exception]]
 
+    @property
+    def ready(self) -> bool:
+        """Whether the device is done."""
+        tokens: Any = self.tokens
+        return tokens.is_ready()
+
     def drawn(self) -> list[list[int]]:
         """Tokens of each row of the step."""
         tokens = np.asarray(self.tokens)
@@ -78,9 +84,16 @@ class Runner:
     """
 
     def __init__(
-        self, config: TransformerConfig, params: PyTree, settings: EngineConfig, *, pages: int, max_length: int
+        self,
+        config: TransformerConfig,
+        params: PyTree,
+        settings: EngineConfig,
+        *,
+        pages: int,
+        max_length: int,
+        mesh: Mesh | None = None,
     ):
-        """Allocates the cache; ``params`` are kept as they are.
+        """Allocates the cache; ``params`` are kept as they are, in their places on the mesh.
 
         Args:
           config: the architecture.
@@ -88,14 +101,17 @@ class Runner:
           settings: of the engine.
           pages: pages of the cache.
           max_length: most tokens of a sequence; with the page size, the width of block tables.
+          mesh: see `ml.serve.engine.Engine`.
         """
-        self._model, self._params = Transformer(config, dtype=settings.dtype), params
+        self._placement = Placement(config, mesh)
+        self._model = Transformer(self._placement.config, dtype=settings.dtype, place=self._placement.spec)
+        self._params = self._placement.params(params)
         self._settings, self._pages = settings, pages
         self._fixed = Fixed(settings.decode_steps, settings.invariant, settings.implementation)
         self._width = -(-max_length // settings.page_size)
         self._buckets = Buckets(settings.max_running, settings.token_budget)
         self._state = self._empty()
-        self._sharing = Sharing(config, settings, self._state.cache)
+        self._sharing = Sharing(self._placement.on_one_device, settings, self._state.cache)
         self._written: Written | None = None
         self._of_slot: dict[int, SamplingParams] = {}
         self._programs = Programs(self._compile)
@@ -110,8 +126,9 @@ class Runner:
     def _empty(self) -> State:
         settings = self._settings
         dtype = settings.dtype if settings.cache_dtype is None else settings.cache_dtype
-        cache = empty_cache(self._model.config, self._pages, settings.page_size, dtype)
-        return State(cache, jnp.zeros(settings.max_running, jnp.int32))
+        make = functools.partial(empty_cache, self._model.config, self._pages, settings.page_size, dtype)
+        last = np.zeros(settings.max_running, np.int32)
+        return State(self._placement.cache(make), self._placement.whole(last))
 
     @property
     def compilations(self) -> int:
@@ -162,7 +179,7 @@ class Runner:
             seen = np.zeros(vocab, bool)
             seen[np.asarray(tokens, int)] = True
             count = np.bincount(np.asarray(tokens[prompt:], int), minlength=vocab).astype(np.int32)
-            self._written = self._programs["begin"](self._text(), np.int32(slot), count, seen)
+            self._written = self._run("begin", self._text(), np.int32(slot), count, seen)
 
     def run(self, step: Step, allowed: Mapping[int, np.ndarray] | None = None) -> Results:
         """Sends a step to the device and does not wait for it; steps run in the scheduler's order.
@@ -172,7 +189,7 @@ class Runner:
           allowed: of rows with a grammar, by their place in the step: see `Constraints.allowed`.
         """
         for begin in range(0, len(step.copies), _COPIES):
-            cache = self._programs["copy"](self._state.cache, *self._copies(step.copies[begin : begin + _COPIES]))
+            cache = self._run("copy", self._state.cache, *self._copies(step.copies[begin : begin + _COPIES]))
             self._state = dataclasses.replace(self._state, cache=cache)
         params = [self._of_slot.get(row.slot, _IDLE) for row in step.rows]
         entries, failed = [], []
@@ -200,10 +217,15 @@ class Runner:
         if plan is not None:
             kind, batch = dataclasses.replace(kind, planned=True), dataclasses.replace(batch, plan=plan)
         written = self._text() if kind.penalizes else None
-        out = self._programs[kind](self._params, self._state, written, batch)
+        out = self._run(kind, self._params, self._state, written, batch)
         self._state, written, tokens, given, prompt = out
         self._written = self._written if written is None else written
         return Results(step, tokens, given, prompt, failed)
+
+    def _run(self, key: Any, *arguments: Any) -> Any:
+        program = self._programs[key]
+        with self._placement.launching():
+            return program(*arguments)
 
     def _ready(self, kind: Kind) -> Kind:
         """The kind itself, or one with a few more rows, if that is compiled already: most jobs end before they win."""
@@ -225,26 +247,33 @@ class Runner:
 
     def _compile(self, key: Any) -> Any:
         logging.log_first_n(logging.INFO, "compiling programs", 1)
+        with self._placement.context():
+            return self._lower(key).compile()
+
+    def _lower(self, key: Any) -> Any:
+        described = self._placement.described
+        state = described(self._state)
         if key == "copy":
-            return copy_pages.lower(self._state.cache, *self._copies(())).compile()
-        vocab = self._model.config.vocab_size
-        shape = (self._settings.max_running, vocab)
-        counts: Any = jax.ShapeDtypeStruct(shape, jnp.int32)
-        flags: Any = jax.ShapeDtypeStruct(shape, jnp.bool_)
-        written = Written(counts, flags)
+            return copy_pages.lower(state.cache, *described(self._copies(())))
+        written = self._no_text()
         if key == "begin":
-            return begin_text.lower(written, np.int32(0), np.zeros(vocab, np.int32), np.zeros(vocab, bool)).compile()
+            vocab = self._model.config.vocab_size
+            return begin_text.lower(
+                *described((written, np.int32(0), np.zeros(vocab, np.int32), np.zeros(vocab, bool)))
+            )
         batch = self._batch(Step(0, (), (), 1), key, (), ())
         if key.planned:
             batch = dataclasses.replace(batch, plan=self._sharing.blank(key.rows, len(batch.tokens)))
-        state = jax.tree.map(_described, self._state)
-        text = written if key.penalizes else None
-        return run_step.lower(self._model, self._fixed, key, self._params, state, text, batch).compile()
+        text, batch = described((written if key.penalizes else None, batch))
+        return run_step.lower(self._model, self._fixed, key, self._params, state, text, batch)
+
+    def _no_text(self) -> Written:
+        shape = (self._settings.max_running, self._model.config.vocab_size)
+        return Written(np.zeros(shape, np.int32), np.zeros(shape, bool))
 
     def _text(self) -> Written:
         if self._written is None:
-            shape = (self._settings.max_running, self._model.config.vocab_size)
-            self._written = jax.device_put(Written(np.zeros(shape, np.int32), np.zeros(shape, bool)))
+            self._written = self._placement.whole(self._no_text())
         return self._written
 
     def _copies(self, copies: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -348,7 +377,3 @@ def _prompt_top(row: Row, params: SamplingParams) -> int | None:
     sequence = row.sequence
     wants = not sequence.index and row.start + 1 < len(sequence.request.tokens)
     return params.prompt_logprobs if wants else None
-
-
-def _described(x: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)

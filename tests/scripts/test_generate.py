@@ -108,6 +108,15 @@ def expected(folders):
     return text
 
 
+@pytest.mark.slow
+def test_a_mesh_writes_what_one_device_writes(folders, expected):
+    prompts = ["3 € für", "Äpfel", "3 € naïve"]
+    command = [sys.executable, SCRIPT, f"--model={folders}/run", *GREEDY, "--tensor=2", "--data=2"]
+    run = subprocess.run([*command, *(f"--prompt={each}" for each in prompts)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == "".join(expected(each, opening=True) for each in prompts)
+
+
 @pytest.fixture(scope="module")
 def runs(folders):
     run, hf = f"--model={folders}/run", f"--model={folders}/hf"
@@ -140,6 +149,8 @@ def runs(folders):
         "no_file": [run, f"--prompt_file={folders}/missing.txt"],
         "latin1": [run, f"--prompt_file={folders}/latin1.txt"],
         "unknown_flag": [run, "--promt=x"],
+        "tensor": [run, "--prompt=x", "--tensor=8"],
+        "data": [run, "--prompt=x", "--tensor=2", "--data=5"],
     }
     subprocess.run([sys.executable, "-c", DRIVER, str(SCRIPT), json.dumps(cases), str(folders)], check=True)
 
@@ -185,7 +196,7 @@ def test_default_length_is_cut_to_the_model_and_said(runs, expected):
 def test_help_fits_one_screen_and_shows_an_example(runs):
     lines = runs["help"].out.splitlines()
     assert runs["help"].status == 0
-    assert len(lines) <= 24
+    assert len(lines) <= 26
     assert max(map(len, lines)) <= 120
     assert any("--prompt=" in line and "generate.py" in line for line in lines)
 
@@ -210,6 +221,8 @@ def test_help_fits_one_screen_and_shows_an_example(runs):
         ("no_file", "--prompt_file=", "cannot be read"),
         ("latin1", "--prompt_file=", "not UTF-8 at byte 3"),
         ("unknown_flag", "promt", "--help"),
+        ("tensor", "--tensor=8: 4 attention heads", "choose one of 1, 2, 4, and"),
+        ("data", "--data=5: there are 8 devices", "room for 1 to 4 of 2 devices each"),
     ],
 )
 def test_mistakes_end_in_one_line(runs, name, place, mend):

@@ -21,11 +21,11 @@ from ml.serve.api.models import models
 from ml.serve.api.server import Server
 from ml.serve.api.settings import ServerSettings
 from ml.serve.api.tokenizing import tokenizing
-from ml.serve.engine import Engine
+from ml.serve.front import Front
 from ml.serve.text import ServedModel
 
 
-def create_app(model: ServedModel, engine: Engine, settings: ServerSettings, *, capacity: int) -> FastAPI:
+def create_app(model: ServedModel, engine: Front, settings: ServerSettings, *, capacity: int) -> FastAPI:
     """Puts the server together; the engine's thread runs from here on.
 
     Args:
@@ -41,7 +41,9 @@ def create_app(model: ServedModel, engine: Engine, settings: ServerSettings, *, 
     metrics = Metrics()
     driver = Driver(engine, capacity=capacity, observer=metrics)
     metrics.watch(engine, driver)
-    embedder = Embedder(model.config, model.params, pooling=settings.pooling, dtype=engine.engine.dtype)
+    embedder = Embedder(
+        model.config, model.params, pooling=settings.pooling, dtype=engine.engine.dtype, mesh=model.mesh
+    )
     server = Server(model, driver, embedder, settings, metrics)
     store = FileStore()
     jobs = BatchJobs(server, store)

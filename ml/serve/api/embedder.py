@@ -7,9 +7,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PyTree
 
 from ml.models import Transformer, TransformerConfig
+from ml.serve.placement import Placement, replica_meshes
 
 _SHORTEST = 16
 
@@ -32,8 +34,9 @@ class Embedder:
         pooling: Literal["mean", "last"] = "mean",
         dtype: Any = jnp.float32,
         token_budget: int = 4096,
+        mesh: Mesh | None = None,
     ):
-        """Keeps ``params`` as they are.
+        """Keeps ``params`` as they are, in their places on the mesh.
 
         Args:
           config: the architecture.
@@ -41,8 +44,11 @@ class Embedder:
           pooling: what of a text counts.
           dtype: of activations.
           token_budget: most tokens, padding included, that are fed at once, unless one text has more.
+          mesh: of the engine; a replica's devices are enough.
         """
-        self._model, self._params, self._budget = Transformer(config, dtype=dtype), params, token_budget
+        self._placement = Placement(config, None if mesh is None else replica_meshes(mesh)[0])
+        self._model = Transformer(self._placement.config, dtype=dtype, place=self._placement.spec)
+        self._params, self._budget = self._placement.params(params), token_budget
         self._pooling: Literal["mean", "last"] = pooling
         self._longest = config.max_length
 
@@ -60,7 +66,9 @@ class Embedder:
             lengths = np.ones(tokens.shape[0], np.int32)
             for row, i in enumerate(batch):
                 tokens[row, : len(texts[i])], lengths[row] = texts[i], len(texts[i])
-            pooled = np.asarray(_embed(self._model, self._pooling, self._params, tokens, lengths))
+            with self._placement.context(), self._placement.launching():
+                pooled = _embed(self._model, self._pooling, self._params, tokens, lengths)
+            pooled = np.asarray(pooled)
             found.update(zip(batch, pooled, strict=False))
         return np.stack([found[i] for i in range(len(texts))])
 

@@ -9,7 +9,7 @@ from prometheus_client.registry import Collector
 
 from ml.serve.api.driver import Driver, Observer
 from ml.serve.api.stream import Stream
-from ml.serve.engine import Engine
+from ml.serve.front import Front
 
 _FIRST = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _BETWEEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
@@ -31,7 +31,7 @@ class Metrics(Observer):
             "megabatch_engine_failures", "Steps that failed as a whole.", registry=self._registry
         )
 
-    def watch(self, engine: Engine, driver: Driver) -> None:
+    def watch(self, engine: Front, driver: Driver) -> None:
         """Reads the state of these whenever metrics are asked for."""
         self._registry.register(_State(engine, driver))
 
@@ -63,7 +63,7 @@ class Metrics(Observer):
 class _State(Collector):
     """Numbers that the engine keeps anyway."""
 
-    def __init__(self, engine: Engine, driver: Driver):
+    def __init__(self, engine: Front, driver: Driver):
         self._engine, self._driver = engine, driver
 
     def collect(self) -> Iterator[Metric]:

@@ -17,8 +17,8 @@ from ml.serve.batch.lines import LINE_BEGINNING, LineError, answer_line, default
 from ml.serve.batch.output_file import OutputFile
 from ml.serve.batch.progress import Counts, Progress, guessed_share, hit_share
 from ml.serve.batch.sizing import cache_tokens
-from ml.serve.engine import Engine
 from ml.serve.engine_config import EngineConfig
+from ml.serve.front import Front
 from ml.serve.sampling import TokenLogprobs
 from ml.serve.scheduling.request import FinishReason, Sequence
 from ml.serve.scheduling.statistics import Statistics
@@ -112,12 +112,12 @@ class Job:
             return chosen
         longest = chosen.max_length or self._model.config.max_length
         dtype = chosen.dtype if chosen.cache_dtype is None else chosen.cache_dtype
-        tokens = cache_tokens(self._model.config, dtype, longest, chosen.max_running)
+        tokens = cache_tokens(self._model.config, dtype, longest, chosen.max_running, self._model.mesh)
         return dataclasses.replace(chosen, cache_tokens=tokens)
 
     def run(
         self,
-        engine: Engine,
+        engine: Front,
         *,
         seed: int = 0,
         window: int = _WINDOW,

@@ -10,13 +10,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import tokenizers
+from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from ml.checkpoint.pretrained import load_model
+from ml.checkpoint.pretrained import load_model, load_model_config
 from ml.data.tokenizer import Tokenizer, check_vocab
 from ml.errors import UserError, nearest
 from ml.models import TransformerConfig
 from ml.serve.grammar import Grammars
+from ml.serve.placement import Placement
 from ml.serve.text.chat_template import ChatTemplate
 
 WEIGHTS = ("float32", "bfloat16", "int8")
@@ -34,6 +36,7 @@ class ServedModel:
       opening: tokens that every text begins with.
       stop_ids: tokens that end every text.
       chat_template: how conversations are written; ``None``: it has none.
+      mesh: where the parameters are, and the engine is to be; ``None``: one device.
     """
 
     name: str
@@ -43,6 +46,7 @@ class ServedModel:
     opening: list[int]
     stop_ids: frozenset[int]
     chat_template: ChatTemplate | None = None
+    mesh: Mesh | None = None
 
     @classmethod
     def load(
@@ -52,6 +56,7 @@ class ServedModel:
         step: int | None = None,
         weights: str | None = None,
         chat_template: str | os.PathLike[str] | None = None,
+        mesh: Mesh | None = None,
     ) -> "ServedModel":
         """Loads a work directory of a training run, or a Hugging Face folder with tokenizer.
 
@@ -60,14 +65,18 @@ class ServedModel:
           step: which checkpoint of a work directory; ``None``: the newest.
           weights: how parameters are kept: see `WEIGHTS`; ``None``: as this machine computes (`serving_dtype`).
           chat_template: a file with a Jinja template, to be used instead of the folder's own.
+          mesh: of the engine: each device gets its part of the parameters; ``None``: one device.
 
         Raises:
-          UserError: something is missing there, damaged, or does not belong together.
+          UserError: something is missing there, damaged, or does not belong together, or does not fit the mesh.
         """
         folder = Path(folder).expanduser()
         dtype = serving_dtype(weights)  # refuses what is no such way
         int8 = weights == "int8"  # rounded from what was saved, not from what was rounded before
-        config, params, path = load_model(folder, step=step, dtype=None if int8 else dtype, int8=int8)
+        sharding = None if mesh is None else Placement(load_model_config(folder), mesh).of_leaf
+        config, params, path = load_model(
+            folder, step=step, dtype=None if int8 else dtype, sharding=sharding, int8=int8
+        )
         if path is None:
             raise UserError(f"{folder} has no tokenizer.json: copy the one the model was trained with there")
         tokenizer = Tokenizer.load(path, where="tokenizer")
@@ -80,6 +89,7 @@ class ServedModel:
             opening=_opening(folder, tokenizer, path),
             stop_ids=_stop_ids(folder, tokenizer),
             chat_template=ChatTemplate.load(folder, None if chat_template is None else Path(chat_template)),
+            mesh=mesh,
         )
 
     def encode(self, text: str) -> list[int]:

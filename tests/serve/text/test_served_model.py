@@ -14,6 +14,7 @@ from ml.errors import UserError
 from ml.models import Transformer, TransformerConfig, init_params
 from ml.models.huggingface import save_pretrained
 from ml.models.quantization import quantize_params
+from ml.serve.placement import serving_mesh
 from ml.serve.text import ServedModel
 from ml.serve.text.served_model import WEIGHTS, serving_dtype
 
@@ -61,6 +62,7 @@ def test_a_hugging_face_folder_says_itself_how_texts_begin_and_end(root):
     (root / "hf/generation_config.json").write_text("[]")
     with pytest.raises(UserError, match=r"generation_config\.json"):
         ServedModel.load(root / "hf")
+    (root / "hf/generation_config.json").unlink()
 
 
 def test_chat(root, tmp_path):
@@ -86,3 +88,16 @@ def test_weights_are_kept_as_asked(root):
     with pytest.raises(UserError, match=r"weights='int4'.*did you mean 'int8'\?"):
         ServedModel.load(root / "run", weights="int4")
     assert [serving_dtype(weights) for weights in WEIGHTS] == [jnp.float32, jnp.bfloat16, serving_dtype()]
+
+
+@pytest.mark.parametrize("name", ["run", "hf"])
+def test_parameters_are_loaded_into_the_shards_of_a_mesh(root, name):
+    mesh = serving_mesh(data=2, tensor=2)
+    model = ServedModel.load(root / name, mesh=mesh)
+    assert model.mesh is mesh
+    whole = ServedModel.load(root / name).params
+    kernel = model.params["layers"]["mlp"]["up"]["kernel"]
+    assert [shard.data.shape for shard in kernel.addressable_shards] == [(1, 16, 12)] * 4
+    assert jax.tree.all(jax.tree.map(lambda a, b: (np.asarray(a) == np.asarray(b)).all(), model.params, whole))
+    with pytest.raises(UserError, match="tensor=4: 2 attention heads"):
+        ServedModel.load(root / name, mesh=serving_mesh(tensor=4))
