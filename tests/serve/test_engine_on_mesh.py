@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 
 from ml.errors import UserError
 from ml.models import Transformer, init_params
+from ml.models.quantization import quantize_params
 from ml.parallel import MeshConfig, make_mesh
 from ml.plan.collectives import collectives
 from ml.serve import program
@@ -167,6 +168,22 @@ def test_a_quantized_cache_is_cut_with_its_scales(cache_dtype):
     one = spread("wide", 4, cache_dtype=cache_dtype)
     assert one.generate(given, asked) == expected
     assert one._runner._state.cache.key_scale.addressable_shards[0].data.shape[2] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "tensor"), [("wide", 4), ("plain", 4), ("experts", 2)])
+def test_weights_of_8_bits_are_cut_with_their_scales(name, tensor):
+    given, asked = prompts(6), SamplingParams(max_tokens=9, temperature=0.0, logprobs=0)
+    config, params = weights(name)
+    whole = quantize_params(config, params)
+    expected = Engine(config, whole, SMALL).generate(given, asked)
+    one = Engine(config, whole, SMALL, mesh=serving_mesh(tensor=tensor))
+    for (mine,), (theirs,) in zip(one.generate(given, asked), expected, strict=True):
+        assert mine.tokens == theirs.tokens
+        assert [x.logprob for x in mine.logprobs] == pytest.approx([x.logprob for x in theirs.logprobs], abs=1e-3)
+    kernel = one._runner._params["layers"]["attention"]["query"]["kernel"]
+    assert kernel.values.addressable_shards[0].data.shape == (2, 32, 4 // tensor, 8)
+    assert kernel.scale.addressable_shards[0].data.shape == (2, 1, 4 // tensor, 8)
 
 
 @pytest.mark.slow

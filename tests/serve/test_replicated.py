@@ -166,3 +166,11 @@ def test_replicas_of_several_devices(schedule):
         assert [x and x.logprob for x in a.prompt_logprobs] == pytest.approx(
             [x and x.logprob for x in b.prompt_logprobs], abs=1e-4
         )
+
+
+@pytest.mark.slow
+def test_replicas_guess():
+    two = make_engine(*weights(), dataclasses.replace(SMALL, speculate=3, max_running=2), mesh=serving_mesh(data=2))
+    given, asked = prompts(12), greedy_requests(12)
+    assert_exact("plain", given, asked, two.generate(given, asked))
+    assert two.statistics.accepted > 0

@@ -91,13 +91,17 @@ def test_weights_are_kept_as_asked(root):
 
 
 @pytest.mark.parametrize("name", ["run", "hf"])
-def test_parameters_are_loaded_into_the_shards_of_a_mesh(root, name):
+@pytest.mark.parametrize("weights", ["float32", "int8"])
+def test_parameters_are_loaded_into_the_shards_of_a_mesh(root, name, weights):
     mesh = serving_mesh(data=2, tensor=2)
-    model = ServedModel.load(root / name, mesh=mesh)
+    model = ServedModel.load(root / name, weights=weights, mesh=mesh)
     assert model.mesh is mesh
-    whole = ServedModel.load(root / name).params
-    kernel = model.params["layers"]["mlp"]["up"]["kernel"]
+    whole = ServedModel.load(root / name, weights=weights).params
+    kernel = jax.tree.leaves(model.params["layers"]["mlp"]["up"]["kernel"])[0]
     assert [shard.data.shape for shard in kernel.addressable_shards] == [(1, 16, 12)] * 4
-    assert jax.tree.all(jax.tree.map(lambda a, b: (np.asarray(a) == np.asarray(b)).all(), model.params, whole))
+    jax.tree.map(np.testing.assert_array_equal, model.params, whole)
+
+
+def test_a_model_that_does_not_fit_a_mesh_is_refused(root):
     with pytest.raises(UserError, match="tensor=4: 2 attention heads"):
-        ServedModel.load(root / name, mesh=serving_mesh(tensor=4))
+        ServedModel.load(root / "run", mesh=serving_mesh(tensor=4))
