@@ -262,6 +262,8 @@ class Driver:
                 continue
             if update.sequence.index == 0:
                 entry.stream.cached = update.sequence.cached
+            if not entry.stream.prompt_logprobs:
+                entry.stream.prompt_logprobs = self._engine.prompt_logprobs(update.sequence.request.id) or ()
             tokens, logprobs = list(update.tokens), logprobs or []
             if reason is FinishReason.STOP:
                 tokens = tokens[:-1]

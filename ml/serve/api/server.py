@@ -166,6 +166,7 @@ class Running(AsyncIterator[tuple[SampleText, str]]):
 
     @staticmethod
     def _push(stream: Stream, sample: SampleText, delta: Delta) -> str:
+        sample.prompt_logprobs = stream.prompt_logprobs
         text = sample.push(delta.tokens, delta.logprobs)
         if sample.stopped:
             stream.cancel(delta.index)

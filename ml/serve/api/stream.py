@@ -3,7 +3,7 @@
 import asyncio
 import dataclasses
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from ml.serve.sampling import TokenLogprobs
 
@@ -37,6 +37,7 @@ class Stream(AsyncIterator[Delta]):
     """
 
     cached = 0  # tokens of the prompt that were in the cache, as soon as there is news
+    prompt_logprobs: Sequence[TokenLogprobs | None] = ()  # if they were asked for, likewise
 
     def __init__(
         self,

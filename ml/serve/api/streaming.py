@@ -41,12 +41,13 @@ class Chunks:
         if self._request.chat:
             delta = {"role": "assistant", "content": "", "refusal": None}
             return [self._choice(sample, delta=delta) for sample in samples]
-        if self._request.echo:
-            return [self._choice(sample, text=self._request.echo[sample.prompt]) for sample in samples]
-        return []
+        # Where log-probabilities are asked for, the prompt's come with its text, and both with the first news.
+        return [self._choice(s, text=self._echo(s)) for s in samples if self._echo(s) and not s.wants_logprobs]
 
     def news(self, sample: SampleText, text: str) -> list[dict[str, Any]]:
         """Chunks for what is new of a sample."""
+        if sample.wants_logprobs and sample.number not in self._shown:
+            text = self._echo(sample) + text
         first = self._shown.get(sample.number, 0)
         logprobs = sample.choice_logprobs(first) if len(sample.logprobs) > first else None
         self._shown[sample.number] = len(sample.logprobs)
@@ -60,6 +61,9 @@ class Chunks:
         elif text or logprobs or ended:
             chunks.append(self._choice(sample, text=text, logprobs=logprobs, reason=sample.finish_reason))
         return chunks
+
+    def _echo(self, sample: SampleText) -> str:
+        return self._request.echo[sample.prompt] if self._request.echo else ""
 
     def closing(self, running: Running) -> list[dict[str, Any]]:
         """The chunk that counts, if it was asked for."""

@@ -20,7 +20,9 @@ class SampleText:
       prompt: which of the request's prompts it continues.
       index: which of that prompt's samples.
       tokens: those of the text, without a stop token.
-      logprobs: of each of them, if they were asked for.
+      wants_logprobs: whether log-probabilities were asked for.
+      logprobs: of each token, if so.
+      prompt_logprobs: of the prompt's tokens, to be given where the prompt is echoed; ``None`` for the first.
       finish_reason: ``stop`` or ``length``; ``None`` while it goes on, or if it ended otherwise.
     """
 
@@ -28,10 +30,11 @@ class SampleText:
         """Starts behind the prompt."""
         self._tokenizer, self._request = model.tokenizer, request
         self.prompt, self.index = prompt, index
-        self._wants_logprobs = request.sampling[prompt].logprobs is not None
+        self.wants_logprobs = request.sampling[prompt].logprobs is not None
         self._sum, self._counted = 0.0, 0
         self.tokens: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
+        self.prompt_logprobs: Sequence[TokenLogprobs | None] = ()
         self.finish_reason: str | None = None
 
     @functools.cached_property
@@ -71,7 +74,7 @@ class SampleText:
         used = self._text.tokens - before
         self.tokens += tokens[:used]
         if logprobs is not None:
-            self.logprobs += logprobs[:used] if self._wants_logprobs else ()
+            self.logprobs += logprobs[:used] if self.wants_logprobs else ()
             # Where `best_of` chooses, a stop token counts.
             counted = logprobs[: used if used < len(tokens) else len(logprobs)]
             self._sum += sum(each.logprob for each in counted)
@@ -99,27 +102,34 @@ class SampleText:
         return {**common, "text": echo + self.text, "logprobs": self.choice_logprobs()}
 
     def choice_logprobs(self, first: int = 0) -> dict[str, Any] | None:
-        """Log-probabilities of the tokens from number ``first`` on, in the form of the endpoint."""
-        if not self._wants_logprobs:
+        """Log-probabilities of the tokens from number ``first`` on, in the form of the endpoint.
+
+        Those of an echoed prompt come before its first token's.
+        """
+        if not self.wants_logprobs:
             return None
         if self._request.chat:
             return {"content": [self._of_token(i) for i in range(first, len(self.logprobs))], "refusal": None}
-        shown = [self._shown(token) for token in self.tokens]
+        echoed = self.prompt_logprobs
+        prompt = self._request.prompts[self.prompt][: len(echoed)]
+        shown = [self._shown(token) for token in (*prompt, *self.tokens)]
         offsets = [0]
         for text in shown:
             offsets.append(offsets[-1] + len(text))
-        tops: list[dict[str, float]] = []
-        for each in self.logprobs[first:]:
-            top: dict[str, float] = {}
-            for token, logprob in each.top.items():  # likeliest first; several may read alike
-                top.setdefault(self._shown(token), logprob)
-            tops.append(top)
+        begin = first + len(echoed) if first else 0
+        given = [*echoed, *self.logprobs][begin:]
         return {
-            "tokens": shown[first:],
-            "token_logprobs": [each.logprob for each in self.logprobs[first:]],
-            "top_logprobs": tops,
-            "text_offset": offsets[first:-1],
+            "tokens": shown[begin:],
+            "token_logprobs": [each and each.logprob for each in given],
+            "top_logprobs": [each and self._top(each) for each in given],
+            "text_offset": offsets[begin:-1],
         }
+
+    def _top(self, given: TokenLogprobs) -> dict[str, float]:
+        top: dict[str, float] = {}
+        for token, logprob in given.top.items():  # likeliest first; several may read alike
+            top.setdefault(self._shown(token), logprob)
+        return top
 
     def _of_token(self, place: int) -> dict[str, Any]:
         given = self.logprobs[place]

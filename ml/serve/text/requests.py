@@ -109,8 +109,7 @@ def read_completion(
         sampling["best_of"] = best_of
     echo: tuple[str, ...] = ()
     if fields.flag("echo"):
-        if logprobs is not None:
-            raise FieldError("echo", "does not go together with logprobs: log-probabilities are of new tokens only")
+        sampling["prompt_logprobs"] = logprobs
         echo = tuple(model.tokenizer.decode(p) if t is None else t for p, t in zip(prompts, texts, strict=True))
     return TextRequest(
         chat=False,

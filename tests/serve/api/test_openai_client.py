@@ -139,6 +139,33 @@ def test_log_probabilities_are_the_models(served, client):
         assert max(best.values()) == given and len(best) <= 2  # greedy: what was drawn is the likeliest
 
 
+def test_log_probabilities_of_an_echoed_prompt(served, client):
+    """As evaluation harnesses ask for them."""
+    from ml.models import Transformer
+
+    model = served[0].model
+    prompt = model.encode("Was kosten 3 €?")
+    ask = {"prompt": prompt, "echo": True, "logprobs": 2, "model": "tiny", "temperature": 0, "max_tokens": 1, "n": 2}
+    choices = client.completions.create(**ask).choices
+    tokens = [*prompt, *expected(served, prompt, 1)]
+    padded = np.zeros((1, 128), np.int32)
+    padded[0, : len(tokens)] = tokens
+    logits = np.asarray(_forward(Transformer(model.config), model.params, padded)[0], np.float64)
+    wanted = [logits[i, token] - np.logaddexp.reduce(logits[i]) for i, token in enumerate(tokens[1:])]
+    chunks = list(client.completions.create(**ask, stream=True))
+    for choice in choices:
+        assert choice.text == model.tokenizer.decode(tokens)
+        assert choice.logprobs.token_logprobs[0] is None and choice.logprobs.top_logprobs[0] is None
+        np.testing.assert_allclose(choice.logprobs.token_logprobs[1:], wanted, atol=1e-4)
+        assert [max(top.values()) for top in choice.logprobs.top_logprobs[1:]] == pytest.approx(
+            [row.max() - np.logaddexp.reduce(row) for row in logits[: len(tokens) - 1]], abs=1e-4
+        )
+        mine = [c.choices[0] for c in chunks if c.choices[0].index == choice.index]
+        assert "".join(c.text for c in mine) == choice.text
+        given = [p for c in mine if c.logprobs for p in c.logprobs.token_logprobs]
+        assert given[0] is None and given[1:] == pytest.approx(choice.logprobs.token_logprobs[1:], abs=1e-4)
+
+
 def test_a_stop_string_ends_the_text_before_it(client):
     whole = client.completions.create(prompt="Fünf", **GREEDY).choices[0].text
     stop = whole[4:6]

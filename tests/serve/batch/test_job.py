@@ -58,11 +58,12 @@ def test_answers_are_openais(tmp_path):
         _line("many", prompt=["a", "bc"], n=2, logprobs=1, echo=False),
         _chat("chat", logprobs=True, top_logprobs=2),
         _line("echo", echo=True, model="small"),
+        _line("evaluated", echo=True, logprobs=1, n=2),
     ]
     source = _write(tmp_path / "in.jsonl", lines)
     result, shown = _run(source, tmp_path / "out.jsonl")
-    assert (result.counts.answered, result.counts.failed, result.interrupted) == (4, 0, False)
-    assert "4 requests answered, 0 failed" in shown
+    assert (result.counts.answered, result.counts.failed, result.interrupted) == (5, 0, False)
+    assert "5 requests answered, 0 failed" in shown
     records = {each["custom_id"]: each for each in _read(tmp_path / "out.jsonl")}
     for record in records.values():
         assert set(record) == {"id", "custom_id", "response", "error"}
@@ -100,6 +101,15 @@ def test_answers_are_openais(tmp_path):
     assert first["bytes"] == [ord(first["token"])]
     assert [top["logprob"] for top in first["top_logprobs"]] == [-0.25, -0.5]
     assert records["echo"]["response"]["body"]["choices"][0]["text"].startswith("Äpfel echo")
+    prompt = MODEL.encode("Äpfel evaluated")
+    for choice in records["evaluated"]["response"]["body"]["choices"]:
+        assert choice["text"].startswith("Äpfel evaluated")
+        given = choice["logprobs"]
+        assert given["tokens"][: len(prompt)] == [MODEL.tokenizer.decode([i], skip_special=False) for i in prompt]
+        assert given["token_logprobs"][: len(prompt)] == [None, *(-0.125 * i for i in range(1, len(prompt)))]
+        assert given["top_logprobs"][:2] == [None, {"A": -0.0625}]
+        assert given["token_logprobs"][len(prompt) :] == [-0.5 - choice["index"]] * 12
+        assert {len(each) for each in given.values()} == {len(prompt) + 12}
 
 
 def test_a_text_ends_at_a_stop_string_or_token(tmp_path):

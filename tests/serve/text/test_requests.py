@@ -92,6 +92,14 @@ def test_prompts_in_all_their_forms():
     assert _completion(prompt=["Äpfel", "x"], echo=True).echo == ("Äpfel", "x")
 
 
+def test_the_log_probabilities_of_an_echoed_prompt_are_computed_too():
+    def asked(**body):
+        (sampling,) = _completion(prompt="x", **body).sampling
+        return sampling.logprobs, sampling.prompt_logprobs
+
+    assert [asked(echo=True, logprobs=2), asked(logprobs=2), asked(echo=True)] == [(2, 2), (2, None), (None, None)]
+
+
 def test_the_length_is_cut_only_where_it_was_not_asked_for():
     long = [1] * 60
     assert _completion(prompt=long).sampling[0].max_tokens == 4
@@ -179,7 +187,6 @@ WRONG_COMPLETIONS = [
     ({"best_of": 10**9}, "best_of: is 1000000000; at most 1024"),
     ({"best_of": 2, "stream": True}, "best_of: does not go together with stream"),
     ({"suffix": "x"}, "suffix: is not supported"),
-    ({"echo": True, "logprobs": 1}, "echo: does not go together with logprobs"),
     ({"messages": []}, "messages: there is no such field"),
 ]
 WRONG_CHATS = [
