@@ -89,7 +89,7 @@ class ScriptedEngine:
 class SlowEngine(ScriptedEngine):
     """Takes the place of `ml.serve.Engine`, and some time for each step."""
 
-    def __init__(self, config, params, engine, *, stop_ids, grammars=None):
+    def __init__(self, config, params, engine, *, stop_ids, grammars=None, mesh=None):
         super().__init__(end=next(iter(stop_ids)), running=8, schedule=engine.schedule)
 
     def step(self):
