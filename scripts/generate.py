@@ -10,6 +10,7 @@ from typing import Any
 
 from absl import flags
 from app import run
+from compiled import keep_compiled_programs
 
 from ml.data.tokenizer import Tokenizer
 from ml.errors import UserError
@@ -84,6 +85,7 @@ def _settings() -> dict[str, Any]:
 
 
 def _load() -> ServedModel:
+    keep_compiled_programs()
     if not _MODEL.value:
         raise UserError("--model is missing: give a work directory or a Hugging Face folder (see generate.py --help)")
     try:

@@ -6,6 +6,7 @@ import sys
 
 from absl import flags
 from app import run
+from compiled import keep_compiled_programs
 
 from ml.errors import UserError
 from ml.serve import EngineConfig, ServedModel, make_engine, serving_mesh
@@ -73,6 +74,7 @@ def main() -> None:
     if not _MODEL.value:
         raise UserError("--model is missing: give a work directory or a Hugging Face folder (see serve.py --help)")
     bound = listen(_HOST.value, _PORT.value)  # first, since loading takes its time
+    keep_compiled_programs()
     dtype = serving_dtype(_WEIGHTS.value)
     try:
         model = ServedModel.load(
