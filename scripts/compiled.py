@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def keep_compiled_programs() -> None:
-    """Turns on JAX's persistent compilation cache, in the user's cache folder unless ``JAX_COMPILATION_CACHE_DIR`` is set.
+    """Turns on JAX's persistent compilation cache, in the user's cache folder or ``JAX_COMPILATION_CACHE_DIR``.
 
     Programs for CPUs are kept apart by the instructions that the machine has: a home folder may be many machines'.
     """
