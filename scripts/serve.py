@@ -93,7 +93,7 @@ def main() -> None:
         model = dataclasses.replace(model, name=_NAME.value)
     longest = _MAX_LENGTH.value or model.config.max_length
     cached = dtype if _CACHE_DTYPE.value is None else _CACHE_DTYPE.value
-    tokens = _CACHE_TOKENS.value or cache_tokens(model.config, cached, longest, _MAX_RUNNING.value, mesh)
+    tokens = _CACHE_TOKENS.value or cache_tokens(model.config, cached, longest, _MAX_RUNNING.value, model.mesh)
     engine = make_engine(
         model.config,
         model.params,
@@ -111,7 +111,7 @@ def main() -> None:
         ),
         stop_ids=model.stop_ids,
         grammars=model.grammars(),
-        mesh=mesh,
+        mesh=model.mesh,
     )
     if _WARM_UP.value:
         print("compiling ahead", file=sys.stderr, flush=True)

@@ -38,7 +38,7 @@ def spread(name, tensor, **changes):
 @pytest.mark.usefixtures("quick_compilation")
 def test_each_device_keeps_its_heads_and_updates_them_in_place():
     """Prefixes are shared and computed once, and a prompt's samples copy its last page."""
-    one = spread("wide", 4, share="always", max_running=2, cache_tokens=2**16)
+    one = spread("wide", 4, share="always", cache_tokens=2**16)
     before = one._runner._state.cache
     prefix, asked = tuple(range(20, 34)), [SamplingParams(max_tokens=9, temperature=0.0, n=2)] * 2
     given = [prefix, (*prefix, 3, 1)]
@@ -52,7 +52,7 @@ def test_each_device_keeps_its_heads_and_updates_them_in_place():
     assert [shard.data.shape for shard in after.key.addressable_shards] == [(*whole[:3], 1, whole[4])] * 4
     heads = one._runner._params["layers"]["attention"]["query"]["kernel"]
     assert {shard.data.shape for shard in heads.addressable_shards} == {(2, 32, 1, 8)}
-    kind = program.Kind(2, None, planned=True)
+    kind = program.Kind(4, None, planned=True)
     assert kind in one._runner._programs
     compiled = one._runner._programs[kind]
     memory = compiled.memory_analysis()

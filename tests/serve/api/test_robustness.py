@@ -11,6 +11,8 @@ import httpx
 import pytest
 from tiny_server import TinyServer
 
+from ml.serve.sampling import SamplingParams
+
 LONG = {"prompt": "Fünf", "max_tokens": 400, "ignore_eos": True}
 SHORT = {"prompt": "Fünf", "max_tokens": 2, "temperature": 0}
 
@@ -231,6 +233,7 @@ def test_metrics_count(served):
 
 def test_a_request_that_takes_too_long_ends():
     server = TinyServer(request_timeout=0.3)
+    server.engine.generate([server.model.encode(LONG["prompt"])], SamplingParams(max_tokens=9))  # compiles
     step = server.engine.step
 
     def slow():
