@@ -14,3 +14,17 @@ def test_the_comparison_with_the_peer_is_the_committed_one():
     for name, cells in rows.items():
         measured = results[name.lower()]
         assert cells == f"{measured['speed_ratio']:.2f} | {measured['memory_ratio']:.2f}"
+
+
+def test_the_serving_job_is_the_committed_one():
+    results = json.loads((ROOT / "docs/results/cpu/bench_serve_shared.json").read_text())["results"]
+    assert {result["agreement"] for result in results.values()} == {1.0}
+    ratios = [f"{result['seconds'] / results['megabatch']['seconds']:.2f}" for result in results.values()]
+    lines = {
+        "transformers/padded": "`generate`, padded batches",
+        "transformers/prefix_once": "`generate`, the prefix computed once",
+        "megabatch/no_shared_attention": "this engine without shared-prefix attention",
+    }
+    readme = (ROOT / "README.md").read_text()
+    for name, ratio in zip(results, ratios, strict=True):
+        assert name == "megabatch" or f"\n| {lines[name]} | {ratio} |\n" in readme
