@@ -226,7 +226,7 @@ def test_embeddings_are_those_of_one_device():
 
 @pytest.mark.slow
 def test_the_kernels_compile_for_absent_tpus_within_the_map(absent_tpus):
-    config = dataclasses.replace(CONFIG, head_dim=128, num_heads=8, num_kv_heads=4)
+    config = dataclasses.replace(CONFIG, head_dim=128, num_heads=8, num_kv_heads=4, vocab_size=64)
     settings = dataclasses.replace(SMALL, page_size=16, dtype=jnp.bfloat16)
     params = jax.jit(init_params, static_argnums=0)(Transformer(config), jax.random.key(0))
     runner = Engine(config, params, settings, mesh=serving_mesh(tensor=4))._runner
