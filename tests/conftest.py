@@ -38,21 +38,26 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--one-case-each",
-        action="store_true",
-        help="run each test function with one of its parameter sets only: a quick look at the whole",
+        "--functions-per-file",
+        type=int,
+        metavar="N",
+        help="of each file run N test functions, with one of their parameter sets each: a quick look at the whole",
     )
 
 
 @pytest.hookimpl(trylast=True)  # after -m and -k have chosen
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--one-case-each"):
+    count = config.getoption("--functions-per-file")
+    if count is None:
         return
-    cases = {}
+    files = {}
     for item in items:
-        cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    # By name, so that functions with the same parameters take different ones.
-    chosen = {random.Random(name).choice(each) for name, each in cases.items()}
+        files.setdefault(item.path, {}).setdefault(item.originalname, []).append(item)
+    chosen = set()
+    for path, functions in files.items():
+        rng = random.Random(path.name)  # the same ones every time, and others in another file
+        names = rng.sample(sorted(functions), min(count, len(functions)))
+        chosen |= {rng.choice(functions[name]) for name in names}
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = [item for item in items if item in chosen]
 
