@@ -14,6 +14,7 @@ FLOORS = (
     ("ml.optim", "ml.data", "ml.checkpoint", "ml.parallel"),
     ("ml.train", "ml.serve"),
     ("ml.plan",),
+    ("ml.studies",),
 )
 FILES = sorted(path for top in ("ml", "pallas_kernels") for path in (ROOT / top).rglob("*.py"))
 
