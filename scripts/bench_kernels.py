@@ -141,6 +141,7 @@ def _hazard(platform: str, output: Path) -> None:
     """Says which assemblers there are, and whether the one that JAX uses gets register operands right."""
     import jax
     from kernel_bench import hazard, results
+    from machine import versions
 
     from ml.errors import UserError
 
@@ -150,7 +151,7 @@ def _hazard(platform: str, output: Path) -> None:
         raise UserError("--kernel=hazard: needs an NVIDIA GPU of the Hopper generation")
     wrong = hazard.wrong_elements()
     kind = jax.devices()[0].device_kind
-    document = {"versions": results.versions(), "device": kind, "ptxas": found, "wrong_elements": wrong}
+    document = {"versions": versions(), "device": kind, "ptxas": found, "wrong_elements": wrong}
     path = output / results.folder_of(kind) / "ptxas_hazard.json"
     results.write(path, document)
     print(f"wrong elements: {wrong}; written to {path}")

@@ -150,7 +150,7 @@ def _spaces(op: str | None = None) -> list:
 
 
 def _describe(op: str | None) -> dict[str, Any]:
-    from kernel_bench.results import versions
+    from machine import versions
 
     from pallas_kernels.platform import chip
 

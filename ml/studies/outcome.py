@@ -6,6 +6,9 @@ import statistics
 from collections.abc import Mapping
 from typing import Any, Literal
 
+Budget = Literal["cpu", "gpu"]
+"""What a study may spend: about three minutes of two CPU cores, or about five of one GPU."""
+
 Relation = Literal["<", ">", "~"]
 
 

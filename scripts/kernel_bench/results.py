@@ -1,21 +1,16 @@
 """The report of a run: measured times against bounds, as JSON in docs/results and as lines on the terminal."""
 
 import json
-import os
-import platform
 import re
 import shlex
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import machine
+from machine import device, versions
 
 from kernel_bench.case import BenchCase
 from pallas_kernels.chips import chip_of, peak_flops
-
-_PACKAGES = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu", "numpy", "torch")
 
 
 def folder_of(device_kind: str) -> str:
@@ -23,25 +18,11 @@ def folder_of(device_kind: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", device_kind.lower()).strip("_")
 
 
-def versions() -> dict[str, str]:
-    """Of what was measured with."""
-    found = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 def header(device_kind: str, ceilings: dict[str, Any], peer_ceilings: str | None = None) -> dict[str, Any]:
     """What all cases of a run have in common."""
-    device = device_kind
-    if device_kind == "cpu":
-        device = f"{len(os.sched_getaffinity(0))} cores of {machine.cpu()}"
     return {
         "command": shlex.join(["python", "scripts/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "device": device,
+        "device": device(device_kind),
         "versions": versions(),
         "ceilings": ceilings,
     }

@@ -1,18 +1,14 @@
 """``loss.png``: a run in one picture."""
 
-import io
 import math
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from ml.train.reporting.figure import BLUE, GREEN, GREY, INK, ORANGE, RED, new_figure, style, write_png
 from ml.train.reporting.progress import short_number
-
-_INK, _GREY, _GRID = "#222222", "#666666", "#e6e6e6"
-_BLUE, _ORANGE, _GREEN, _RED = "#1f5fa8", "#e07b00", "#2a8a57", "#b5403f"
 
 
 def plot_loss(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], *, title: str | None = None) -> None:
@@ -27,12 +23,7 @@ def plot_loss(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], *
     Raises:
       OSError: the file cannot be written.
     """
-    # Not pyplot: it keeps global state, and chooses a backend that may want a display.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9.6, 6.4), dpi=150, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9.6, 6.4)
     steps = np.array([row["step"] for row in rows], dtype=float)
     lower = any(_finite(rows, key)[0].size for key in ("learning_rate", "gradient_norm"))
     if lower:
@@ -45,20 +36,11 @@ def plot_loss(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], *
     if steps.size:
         bottom.set_xlim(min(steps[0], 1) if steps.size > 1 else steps[0] - 1, max(steps[-1], steps[0] + 1))
     _tokens_on_top(loss_axes, rows)
-    bottom.set_xlabel("step", fontsize=12, color=_INK)
+    bottom.set_xlabel("step", fontsize=12, color=INK)
     if title:
-        figure.suptitle(title, fontsize=14, color=_INK)
+        figure.suptitle(title, fontsize=14, color=INK)
 
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
-    path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_bytes(picture.getvalue())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_png(figure, path)
 
 
 def smooth(values: np.ndarray, width: int) -> np.ndarray:
@@ -92,15 +74,15 @@ def _draw_loss(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     heldout_steps, heldout = _finite(rows, "eval_loss")
     few = loss.size < 30
     if few:
-        axes.plot(steps, loss, color=_BLUE, linewidth=1.8, label="training", zorder=3)
+        axes.plot(steps, loss, color=BLUE, linewidth=1.8, label="training", zorder=3)
         trend = loss
     else:
         trend = smooth(_without_spikes(loss), 2 * (loss.size // 50) + 3)
-        axes.plot(steps, loss, color=_BLUE, alpha=0.35, linewidth=0.8, label="training, each step", zorder=2)
-        axes.plot(steps, trend, color=_BLUE, linewidth=2.0, label="training, smoothed", zorder=3)
+        axes.plot(steps, loss, color=BLUE, alpha=0.35, linewidth=0.8, label="training, each step", zorder=2)
+        axes.plot(steps, trend, color=BLUE, linewidth=2.0, label="training, smoothed", zorder=3)
     if heldout.size:
-        style = {"color": _ORANGE, "marker": "o", "markersize": 6, "linewidth": 1.2, "markeredgecolor": "white"}
-        axes.plot(heldout_steps, heldout, label="held-out", zorder=4, clip_on=False, **style)
+        marks = {"color": ORANGE, "marker": "o", "markersize": 6, "linewidth": 1.2, "markeredgecolor": "white"}
+        axes.plot(heldout_steps, heldout, label="held-out", zorder=4, clip_on=False, **marks)
         axes.annotate(
             f"{heldout[-1]:.3f}",
             (heldout_steps[-1], heldout[-1]),
@@ -108,7 +90,7 @@ def _draw_loss(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
             textcoords="offset points",
             ha="right",
             fontsize=12,
-            color=_ORANGE,
+            color=ORANGE,
             fontweight="bold",
         )
     if loss.size:
@@ -118,7 +100,7 @@ def _draw_loss(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
         margin = 0.05 * (top - bottom) or 0.1
         axes.set_ylim(bottom - margin, top + margin)
     _style(axes)
-    axes.set_ylabel("loss (nats per token)", fontsize=12, color=_INK)
+    axes.set_ylabel("loss (nats per token)", fontsize=12, color=INK)
     if loss.size or heldout.size:
         axes.legend(loc="upper right", fontsize=11, frameon=False)
 
@@ -129,24 +111,24 @@ def _draw_rate_and_norm(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     _style(axes)
     steps, rate = _finite(rows, "learning_rate")
     if rate.size:
-        axes.plot(steps, rate, color=_GREEN, linewidth=1.8)
+        axes.plot(steps, rate, color=GREEN, linewidth=1.8)
         axes.set_ylim(0, rate.max() * 1.08 or 1)
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
-    axes.set_ylabel("learning rate", fontsize=12, color=_GREEN)
-    axes.tick_params(axis="y", colors=_GREEN)
+    axes.set_ylabel("learning rate", fontsize=12, color=GREEN)
+    axes.tick_params(axis="y", colors=GREEN)
 
     steps, norm = _finite(rows, "gradient_norm")
     if not norm.size:
         return
     right = axes.twinx()
-    right.plot(steps, norm, color=_RED, alpha=0.8, linewidth=0.9)
+    right.plot(steps, norm, color=RED, alpha=0.8, linewidth=0.9)
     if norm.min() > 0 and norm.max() > 20 * np.median(norm):
         right.set_yscale("log")
     else:
         right.set_ylim(0, np.percentile(norm, 99.5) * 1.15 or 1)
         right.yaxis.set_major_locator(MaxNLocator(3, prune="lower"))  # a 0 would lie on the last step's number
-    right.set_ylabel("gradient norm", fontsize=12, color=_RED)
-    right.tick_params(axis="y", colors=_RED, labelsize=11, length=0)
+    right.set_ylabel("gradient norm", fontsize=12, color=RED)
+    right.tick_params(axis="y", colors=RED, labelsize=11, length=0)
     for spine in right.spines.values():
         spine.set_visible(False)
 
@@ -162,9 +144,9 @@ def _tokens_on_top(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     ticks = [tick for tick in MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]).tick_values(0, seen[-1]) if 0 < tick <= seen[-1]]
     top = axes.secondary_xaxis("top")
     top.set_ticks(np.interp(ticks, seen, steps), [_round_number(tick) for tick in ticks])
-    top.tick_params(colors=_GREY, labelsize=11, length=3)
+    top.tick_params(colors=GREY, labelsize=11, length=3)
     top.spines["top"].set_visible(False)
-    top.set_xlabel("training tokens", fontsize=12, color=_GREY)
+    top.set_xlabel("training tokens", fontsize=12, color=GREY)
 
 
 def _round_number(value: float) -> str:
@@ -177,10 +159,5 @@ def _round_number(value: float) -> str:
 def _style(axes: Any) -> None:
     from matplotlib.ticker import FuncFormatter
 
-    axes.grid(color=_GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=_INK, labelsize=11, length=0)
+    style(axes)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
-    for side, spine in axes.spines.items():
-        spine.set_visible(side == "bottom")
-        spine.set_color(_GREY)
