@@ -1,8 +1,12 @@
-"""Numbers in the README are the ones that a script measured and that lie in docs/results."""
+"""Numbers in the README and the table of papers are those that a script measured and that lie in docs/results."""
 
 import json
 import pathlib
 import re
+
+from ml.studies.record import read_records
+from ml.studies.registry import studies
+from ml.studies.table import table
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -28,3 +32,12 @@ def test_the_serving_job_is_the_committed_one():
     readme = (ROOT / "README.md").read_text()
     for name, ratio in zip(results, ratios, strict=True):
         assert name == "megabatch" or f"\n| {lines[name]} | {ratio} |\n" in readme
+
+
+def test_the_table_of_papers_is_what_the_studies_found():
+    records = read_records(ROOT / "docs/results/studies")
+    assert {record.study for record in records} <= set(studies())
+    page = (ROOT / "docs/papers.md").read_text()
+    assert page == table(records, "results/studies"), "run: python scripts/reproduce.py --table"
+    for record in records:
+        assert (ROOT / f"docs/results/studies/{record.stem}.png").exists() == bool(record.outcome.panels)

@@ -92,8 +92,8 @@ def judge(setting: Setting, swept: Sweep) -> Outcome:
         paper="Large Batch Optimization for Deep Learning: Training BERT in 76 minutes (You et al. 2020)",
         url="https://arxiv.org/abs/1904.00962",
         have="LAMB and LARS (`ml/optim/lamb.py`, `lars.py`), the scaling rules (`ml/optim/schedules.py`)",
-        claim=f"As the batch grows {last // first}x at a fixed number of epochs, with the rate scaled by the square root "
-        "and warm-up steps kept, LAMB's loss degrades less than AdamW's and LARS's",
+        claim=f"As the batch grows {last // first}x at a fixed number of epochs, with the rate scaled by the square "
+        "root and warm-up steps kept, LAMB's loss degrades less than AdamW's and LARS's",
         setup=_setup(setting),
         baseline=_measured(nearest, swept),
         ours=_measured("lamb", swept),

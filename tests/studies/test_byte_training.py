@@ -1,0 +1,57 @@
+"""`ml/studies/byte_training.py` and its text: the shipped step, in one program for all rates."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ml.errors import UserError
+from ml.models import Transformer, init_params, logical_axes
+from ml.optim import OptimizerConfig, ScheduleConfig, make_optimizer
+from ml.studies.byte_text import VOCAB_SIZE, byte_rows
+from ml.studies.byte_training import byte_model, make_byte_training
+
+
+def test_rows_are_bytes_of_different_files():
+    rows, heldout = byte_rows(64, 32, 31)
+    assert rows.shape == (64, 32) and heldout.shape == (32, 32) and rows.dtype == np.int32
+    assert rows.min() >= 0 and rows.max() < VOCAB_SIZE
+    text = bytes(rows.reshape(-1).tolist()).decode()
+    assert "import" in text or "def " in text
+    again, _ = byte_rows(16, 32, 31)
+    np.testing.assert_array_equal(again, rows[:16])
+    with pytest.raises(UserError, match="bytes too short"):
+        byte_rows(10**9, 1, 31)
+
+
+def test_a_training_is_what_the_optimizer_does_at_that_rate(quick_compilation):
+    """Against a loop of its own: plain autodiff of the whole logits, and the optimizer built with the real rate."""
+    config, rate, seed = byte_model(1, 8, 2, 7), 0.03, 5
+    rows, heldout = byte_rows(13, 5, 7)
+    schedule = ScheduleConfig(kind="linear", warmup_steps=1, batch_scaling="sqrt", base_batch_size=1)
+    unit = OptimizerConfig("lamb", learning_rate=1.0, weight_decay=0.01)
+    train = make_byte_training(config, unit, schedule, 4, rows, heldout)
+
+    model = Transformer(config)
+
+    def loss(params, part):
+        logits = model.apply({"params": params}, part[:, :-1], method="forward")
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits), part[:, 1:, None], -1).mean()
+
+    real = OptimizerConfig("lamb", learning_rate=rate, weight_decay=0.01)
+    tx, _ = make_optimizer(real, schedule, total_steps=3, batch_size=4, axes=logical_axes(config))
+    parameters, order = jax.random.split(jax.random.key(seed))
+    params = init_params(model, parameters)
+    first, state, grad = float(loss(params, heldout)), tx.init(params), jax.jit(jax.grad(loss))
+    for part in jax.random.permutation(order, jnp.asarray(rows))[:12].reshape(3, 4, 8):
+        updates, state = tx.update(grad(params, part), state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+    expected = float(loss(params, heldout))
+    assert abs(first - expected) > 0.01
+    assert train(rate, seed) == pytest.approx(expected, abs=0.01 * abs(first - expected))
+
+
+def test_the_rate_is_an_argument():
+    with pytest.raises(ValueError, match="must be 1"):
+        optimizer = OptimizerConfig("lamb", learning_rate=0.1)
+        make_byte_training(byte_model(1, 8, 2, 7), optimizer, ScheduleConfig(), 4, *byte_rows(4, 4, 7))
