@@ -1,7 +1,7 @@
 """A whole training of a small byte-level transformer as one program, for studies that need many of them."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,50 +32,68 @@ def byte_model(num_layers: int, embed_dim: int, num_heads: int, length: int) -> 
     )
 
 
+class Stage(NamedTuple):
+    """A part of a training: rows of one length, read once.
+
+    Attributes:
+      rows: ``[rows, length + 1]``, in an order that the seed draws.
+      batch_size: in rows; what is left over is not read.
+    """
+
+    rows: Int[np.ndarray, "rows length+1"]
+    batch_size: int
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps."""
+        return len(self.rows) // self.batch_size
+
+
 def make_byte_training(
     config: TransformerConfig,
     optimizer: OptimizerConfig,
     schedule: ScheduleConfig,
-    batch_size: int,
-    rows: Int[np.ndarray, "rows length+1"],
+    stages: Sequence[Stage],
     heldout: Int[np.ndarray, "heldout_rows length+1"],
 ) -> Callable[[float, int], float]:
-    """Returns ``(rate, seed) -> held-out loss``, in nats per byte, after one pass over ``rows``.
+    """Returns ``(rate, seed) -> held-out loss``, in nats per byte, after the stages.
 
-    The step is the shipped one. The program is compiled once for all rates: the updates of these optimizers are
-    proportional to the rate, so what they return is scaled by ``rate``.
+    The step is the shipped one. The program is compiled once for all rates: the updates of LAMB, LARS, AdamW and SGD
+    are proportional to the rate, so what they return is scaled by ``rate``.
 
     Args:
       config: the architecture.
       optimizer: its ``learning_rate`` must be 1.
-      schedule: of the rate.
-      batch_size: in rows; what is left over is not read.
-      rows: to train on, in an order that the seed draws.
+      schedule: of the rate; it scales with the first stage's batch.
+      stages: one after another, with one state.
       heldout: to test on.
     """
     if optimizer.learning_rate != 1:
         raise ValueError(f"learning_rate={optimizer.learning_rate} must be 1: the rate is an argument of the training")
-    model, train = Transformer(config), TrainConfig(batch_size=batch_size, nonfinite="skip")
-    steps = len(rows) // batch_size
+    size, model = stages[0].batch_size, Transformer(config)
+    train = TrainConfig(batch_size=size, nonfinite="skip")
+    total_steps = sum(stage.steps for stage in stages)
     tx, rate_at = make_optimizer(
-        optimizer, schedule, total_steps=steps, batch_size=batch_size, axes=logical_axes(config)
+        optimizer, schedule, total_steps=total_steps, batch_size=size, axes=logical_axes(config)
     )
     loss = make_loss(model, train)
 
     @jax.jit
     def training(rows, heldout, rate, seed) -> Float[jax.Array, ""]:
-        parameters, order = jax.random.split(jax.random.key(seed))
+        parameters, *orders = jax.random.split(jax.random.key(seed), 1 + len(stages))
         scaled = optax.chain(tx, optax.scale(rate))
         step = make_train_step(model, scaled, rate_at, train)
         params, zero = init_params(model, parameters), jnp.zeros((), jnp.int32)
         state = TrainState(step=zero, params=params, opt_state=scaled.init(params), ema=None, skipped=zero)
-        parts = jax.random.permutation(order, rows)[: steps * batch_size].reshape(steps, 1, batch_size, -1)
-        state, _ = jax.lax.scan(lambda state, part: (step(state, _batch(part))[0], None), state, parts)
+        for stage, order, part in zip(stages, orders, rows, strict=True):
+            read = jax.random.permutation(order, part)[: stage.steps * stage.batch_size]
+            batches = read.reshape(stage.steps, 1, stage.batch_size, -1)
+            state, _ = jax.lax.scan(lambda state, part: (step(state, _batch(part))[0], None), state, batches)
         batch = _batch(heldout)
         return loss(state.params, batch)[1]["loss"] / batch["loss_mask"].sum()
 
-    rows, heldout = jax.device_put((rows, heldout))
-    return lambda rate, seed: float(training(rows, heldout, rate, seed))
+    rows, tested = jax.device_put(([stage.rows for stage in stages], heldout))
+    return lambda rate, seed: float(training(rows, tested, rate, seed))
 
 
 def _batch(rows: Int[jax.Array, "... length+1"]) -> dict[str, Any]:

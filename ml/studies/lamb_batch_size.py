@@ -14,7 +14,7 @@ from ml.models import TransformerConfig
 from ml.optim import OptimizerConfig, ScheduleConfig
 from ml.studies.batch_sweep import Plan, Sweep, Training, clearly_less, sweep
 from ml.studies.byte_text import VOCAB_SIZE, byte_rows
-from ml.studies.byte_training import byte_model, make_byte_training
+from ml.studies.byte_training import Stage, byte_model, make_byte_training
 from ml.studies.outcome import Budget, Measured, Outcome, Panel
 
 OPTIMIZERS = {"lamb": "LAMB", "adamw": "AdamW", "lars": "LARS"}
@@ -77,7 +77,7 @@ def study(setting: Setting) -> Outcome:
             batch_scaling="sqrt",
             base_batch_size=setting.plan.batch_sizes[0],
         )
-        return make_byte_training(setting.model, optimizer, schedule, batch_size, rows, heldout)
+        return make_byte_training(setting.model, optimizer, schedule, [Stage(rows, batch_size)], heldout)
 
     return judge(setting, sweep(setting.plan, make_training, setting.rows * setting.model.max_length))
 

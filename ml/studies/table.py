@@ -37,6 +37,7 @@ def table(records: Iterable[Record], folder: str) -> str:
       records: of all studies.
       folder: where their files lie, as a link from the page.
     """
+    records = sorted(records, key=lambda record: record.stem)
     rows: list[Mapping[str, str]] = [
         {
             "study": f"`{record.stem}`",
@@ -46,7 +47,7 @@ def table(records: Iterable[Record], folder: str) -> str:
             "measured here": f"{measured(record.outcome)}; {_files(record, folder)}",
             "holds?": "yes" if record.outcome.holds else f"**no**: {record.outcome.reason}",
         }
-        for record in sorted(records, key=lambda record: record.stem)
+        for record in records
     ]
     methods = [{"paper": m.paper, "what we have": f"{m.have}: [`{m.where}`](../{m.where})"} for m in METHODS]
     studied = _markdown(rows) if rows else "No study has been run yet.\n"

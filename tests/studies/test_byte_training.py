@@ -9,7 +9,7 @@ from ml.errors import UserError
 from ml.models import Transformer, init_params, logical_axes
 from ml.optim import OptimizerConfig, ScheduleConfig, make_optimizer
 from ml.studies.byte_text import VOCAB_SIZE, byte_rows
-from ml.studies.byte_training import byte_model, make_byte_training
+from ml.studies.byte_training import Stage, byte_model, make_byte_training
 
 
 def test_rows_are_bytes_of_different_files():
@@ -28,9 +28,10 @@ def test_a_training_is_what_the_optimizer_does_at_that_rate(quick_compilation):
     """Against a loop of its own: plain autodiff of the whole logits, and the optimizer built with the real rate."""
     config, rate, seed = byte_model(1, 8, 2, 7), 0.03, 5
     rows, heldout = byte_rows(13, 5, 7)
+    later = byte_rows(3, 1, 7)[0][:, :6]  # another length and batch
     schedule = ScheduleConfig(kind="linear", warmup_steps=1, batch_scaling="sqrt", base_batch_size=1)
     unit = OptimizerConfig("lamb", learning_rate=1.0, weight_decay=0.01)
-    train = make_byte_training(config, unit, schedule, 4, rows, heldout)
+    train = make_byte_training(config, unit, schedule, [Stage(rows, 4), Stage(later, 2)], heldout)
 
     model = Transformer(config)
 
@@ -39,11 +40,12 @@ def test_a_training_is_what_the_optimizer_does_at_that_rate(quick_compilation):
         return -jnp.take_along_axis(jax.nn.log_softmax(logits), part[:, 1:, None], -1).mean()
 
     real = OptimizerConfig("lamb", learning_rate=rate, weight_decay=0.01)
-    tx, _ = make_optimizer(real, schedule, total_steps=3, batch_size=4, axes=logical_axes(config))
-    parameters, order = jax.random.split(jax.random.key(seed))
+    tx, _ = make_optimizer(real, schedule, total_steps=4, batch_size=4, axes=logical_axes(config))
+    parameters, first_order, second_order = jax.random.split(jax.random.key(seed), 3)
     params = init_params(model, parameters)
     first, state, grad = float(loss(params, heldout)), tx.init(params), jax.jit(jax.grad(loss))
-    for part in jax.random.permutation(order, jnp.asarray(rows))[:12].reshape(3, 4, 8):
+    parts = list(jax.random.permutation(first_order, jnp.asarray(rows))[:12].reshape(3, 4, 8))
+    for part in [*parts, jax.random.permutation(second_order, jnp.asarray(later))[:2]]:
         updates, state = tx.update(grad(params, part), state, params)
         params = jax.tree.map(jnp.add, params, updates)
     expected = float(loss(params, heldout))
@@ -54,4 +56,5 @@ def test_a_training_is_what_the_optimizer_does_at_that_rate(quick_compilation):
 def test_the_rate_is_an_argument():
     with pytest.raises(ValueError, match="must be 1"):
         optimizer = OptimizerConfig("lamb", learning_rate=0.1)
-        make_byte_training(byte_model(1, 8, 2, 7), optimizer, ScheduleConfig(), 4, *byte_rows(4, 4, 7))
+        rows, heldout = byte_rows(4, 4, 7)
+        make_byte_training(byte_model(1, 8, 2, 7), optimizer, ScheduleConfig(), [Stage(rows, 4)], heldout)
