@@ -1,5 +1,6 @@
 """A whole training of a small byte-level transformer as one program, for studies that need many of them."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, PyTree
 
 from ml.models import Transformer, TransformerConfig, init_params, logical_axes
 from ml.optim import OptimizerConfig, ScheduleConfig, make_optimizer
@@ -58,8 +59,8 @@ def make_byte_training(
 ) -> Callable[[float, int], float]:
     """Returns ``(rate, seed) -> held-out loss``, in nats per byte, after the stages.
 
-    The step is the shipped one. The program is compiled once for all rates: the updates of LAMB, LARS, AdamW and SGD
-    are proportional to the rate, so what they return is scaled by ``rate``.
+    The step is the shipped one. It is compiled once for all rates: the updates of LAMB, LARS, AdamW and SGD are
+    proportional to the rate, so what they return is scaled by ``rate``.
 
     Args:
       config: the architecture.
@@ -70,30 +71,47 @@ def make_byte_training(
     """
     if optimizer.learning_rate != 1:
         raise ValueError(f"learning_rate={optimizer.learning_rate} must be 1: the rate is an argument of the training")
-    size, model = stages[0].batch_size, Transformer(config)
+    size = stages[0].batch_size
     train = TrainConfig(batch_size=size, nonfinite="skip")
     total_steps = sum(stage.steps for stage in stages)
     tx, rate_at = make_optimizer(
         optimizer, schedule, total_steps=total_steps, batch_size=size, axes=logical_axes(config)
     )
-    loss = make_loss(model, train)
 
     @jax.jit
-    def training(rows, heldout, rate, seed) -> Float[jax.Array, ""]:
-        parameters, *orders = jax.random.split(jax.random.key(seed), 1 + len(stages))
+    def train_on(params, batches, rate):
         scaled = optax.chain(tx, optax.scale(rate))
-        step = make_train_step(model, scaled, rate_at, train)
-        params, zero = init_params(model, parameters), jnp.zeros((), jnp.int32)
+        step, zero = make_train_step(Transformer(config), scaled, rate_at, train), jnp.zeros((), jnp.int32)
         state = TrainState(step=zero, params=params, opt_state=scaled.init(params), ema=None, skipped=zero)
-        for stage, order, part in zip(stages, orders, rows, strict=True):
-            read = jax.random.permutation(order, part)[: stage.steps * stage.batch_size]
-            batches = read.reshape(stage.steps, 1, stage.batch_size, -1)
-            state, _ = jax.lax.scan(lambda state, part: (step(state, _batch(part))[0], None), state, batches)
-        batch = _batch(heldout)
-        return loss(state.params, batch)[1]["loss"] / batch["loss_mask"].sum()
+        for part in batches:
+            state, _ = jax.lax.scan(lambda state, rows: (step(state, _batch(rows))[0], None), state, part)
+        return state.params
 
-    rows, tested = jax.device_put(([stage.rows for stage in stages], heldout))
-    return lambda rate, seed: float(training(rows, tested, rate, seed))
+    def training(rate: float, seed: int) -> float:
+        order = np.random.default_rng(seed)
+        batches = [
+            order.permutation(stage.rows)[: stage.steps * stage.batch_size].reshape(
+                stage.steps, 1, stage.batch_size, -1
+            )
+            for stage in stages
+        ]
+        params = train_on(_init(config, jax.random.key(seed)), batches, rate)
+        return float(_loss(config, params, heldout))
+
+    return training
+
+
+# Programs of their own, which all trainings of a model share.
+@functools.partial(jax.jit, static_argnums=0)
+def _init(config: TransformerConfig, key: jax.Array) -> PyTree:
+    return init_params(Transformer(config), key)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _loss(config: TransformerConfig, params: PyTree, rows: Int[jax.Array, "rows length+1"]) -> Float[jax.Array, ""]:
+    """Cross-entropy, in nats per byte."""
+    batch = _batch(rows)
+    return make_loss(Transformer(config), TrainConfig())(params, batch)[1]["loss"] / batch["loss_mask"].sum()
 
 
 def _batch(rows: Int[jax.Array, "... length+1"]) -> dict[str, Any]:

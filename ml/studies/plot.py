@@ -18,7 +18,7 @@ def plot_outcome(outcome: Outcome, path: Path) -> None:
     for axes, panel in zip(figure.subplots(1, len(outcome.panels), squeeze=False)[0], outcome.panels, strict=True):
         _draw(axes, panel)
     verdict = "holds here" if outcome.holds else "does not hold here"
-    title = "\n".join(textwrap.wrap(f"{outcome.claim.rstrip('.')}: {verdict}", round(13 * width)))
+    title = "\n".join(textwrap.wrap(f"{outcome.claim.rstrip('.')}: {verdict}", round(9.5 * width)))
     figure.suptitle(title, fontsize=12, color=INK)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_png(figure, path)
