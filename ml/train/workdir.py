@@ -27,6 +27,7 @@ _MAY_CHANGE = (
     "train.pipeline",
     "train.pipeline_chunks",
     "train.loss_chunk",
+    "train.noise_scale",
     "train.nonfinite",
     "train.log_every",
     "eval",
@@ -72,7 +73,7 @@ class Workdir:
         if not self.experiment.is_file():
             raise UserError(f"--workdir={self.path} holds checkpoints of an unknown run; use another --workdir")
         changes = []
-        for key, before, after in _differences(self._read_experiment(), json.loads(json.dumps(to_dict(config)))):
+        for key, before, after in _differences(_plain(self.read_config()), _plain(config)):
             if not any(key == allowed or key.startswith(f"{allowed}.") for allowed in _MAY_CHANGE):
                 raise UserError(
                     f"--workdir={self.path} holds a run with config.{key}={before}, but now it is {after}; "
@@ -128,9 +129,15 @@ class Workdir:
         if problem:
             raise UserError(f"--workdir={self.path} cannot be written ({there}: {problem}); choose another folder")
 
-    def _read_experiment(self) -> dict[str, Any]:
-        """The experiment as it was; keys that are younger than the file stand at their defaults."""
+    def read_config(self) -> ExperimentConfig:
+        """The experiment as it was last started; keys that are younger than the file stand at their defaults.
+
+        Raises:
+          UserError: the folder is of no training run.
+        """
         mend = "restore the file, or use another --workdir"
+        if not self.experiment.is_file():
+            raise UserError(f"{self.path} is no folder of a training run: it lacks {self.experiment.name}")
         try:
             values = json.loads(self.experiment.read_text())
         except json.JSONDecodeError as error:
@@ -142,7 +149,11 @@ class Workdir:
                 f"{self.experiment} is of no training run; use another --workdir (to start from a model that lies "
                 "there, name it in config.train.init_from)"
             )
-        return json.loads(json.dumps(to_dict(build(ExperimentConfig, values, f"{self.experiment}: config"))))
+        return build(ExperimentConfig, values, f"{self.experiment}: config")
+
+
+def _plain(config: ExperimentConfig) -> Any:
+    return json.loads(json.dumps(to_dict(config)))
 
 
 def _differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
