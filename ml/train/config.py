@@ -31,6 +31,8 @@ class TrainConfig:
       loss_chunk: tokens of a row whose logits exist at one time; 0: all.
       z_loss: weight of ``log(Z)^2``, which keeps the softmax normalizer near one (PaLM, section 5).
       ema: decay of an exponential moving average of the parameters, used for evaluation; 0: none is kept.
+      noise_scale: measure the gradient's noise scale, which is about the largest batch worth training with
+        (`ml.train.noise_scale`); changes nothing else. Needs microbatches, or replicas that sum gradients once a step.
       nonfinite: what a NaN or infinity in loss or gradients does: ``skip`` drops and counts the step, ``stop`` ends the
         run, with the batch saved in the work directory.
       pipeline: when the stages of a pipeline (``mesh.stage`` > 1, whose microbatches are ``microbatches``) turn from
@@ -53,6 +55,7 @@ class TrainConfig:
     loss_chunk: int = 0
     z_loss: float = 0.0
     ema: float = 0.0
+    noise_scale: bool = False
     nonfinite: Literal["skip", "stop"] = "stop"
     pipeline: Literal["gpipe", "1f1b"] = "1f1b"
     pipeline_chunks: int = 1

@@ -9,6 +9,7 @@ from jaxtyping import Array, Int, PyTree
 
 from ml.models import Transformer, logical_axes
 from ml.parallel import LAYOUTS, Rules
+from ml.train import noise_scale
 from ml.train.config import TrainConfig
 from ml.train.objective import Batch, Metrics, make_loss
 from ml.train.pipeline import pipelined_value_and_grad
@@ -17,10 +18,11 @@ from ml.weights import Gathered
 
 def make_gradients(
     model: Transformer, config: TrainConfig, rules: Rules | None
-) -> Callable[[PyTree, Batch], tuple[PyTree, Metrics, Int[Array, "layers experts"]]]:
-    """Returns ``(params, batch [microbatches, rows, length]) -> (gradients, metrics, expert counts)``, all sums.
+) -> Callable[[PyTree, Batch], tuple[PyTree, Metrics, Int[Array, "layers experts"], Metrics]]:
+    """Returns ``(params, batch [microbatches, rows, length]) -> (gradients, metrics, expert counts, noise)``.
 
-    Gradients and metrics are summed over counted tokens; the last says how often each expert was chosen.
+    Gradients and metrics are summed over counted tokens; the counts say how often each expert was chosen, the last how
+    much the parts of the batch disagree (`noise_scale.estimate`), if ``config.noise_scale`` asks for it.
 
     Gradients are float32 and leave cut as the parameters are kept, however they were accumulated.
 
@@ -39,6 +41,8 @@ def make_gradients(
 
         def of_microbatch(microbatch, expert_counts):
             (objective, metrics), grads = grad_of(variables, microbatch, expert_counts)
+            if config.noise_scale:
+                metrics |= {"squares": noise_scale.part_squares(variables, grads, microbatch["loss_mask"])}
             return grads, metrics | {"objective": objective}
 
         def accumulate(total, microbatch):
@@ -49,10 +53,14 @@ def make_gradients(
             grads, metrics = of_microbatch(jax.tree.map(lambda x: x[0], batch), no_counts)
         else:
             scalars = dict.fromkeys(("loss", "balance", "objective"), jnp.zeros((), jnp.float32))
+            if config.noise_scale:
+                scalars["squares"] = noise_scale.no_squares(variables)
             start = jax.tree.map(_zero_gradient, variables), scalars | {"expert_counts": no_counts}
             (grads, metrics), _ = jax.lax.scan(accumulate, start, batch)
-        expert_counts = metrics.pop("expert_counts")
-        return jax.tree.map(_as_kept, grads, params), metrics, expert_counts
+        expert_counts, squares = metrics.pop("expert_counts"), metrics.pop("squares", None)
+        grads = jax.tree.map(_as_kept, grads, params)
+        noise = noise_scale.estimate(squares, variables, grads, batch["loss_mask"]) if squares is not None else {}
+        return grads, metrics, expert_counts, noise
 
     return gradients
 
@@ -65,7 +73,7 @@ def _through_stages(model: Transformer, config: TrainConfig, rules: Rules):
         variables, constants = _differentiated(params, model, rules)
         grads, metrics = step(variables, batch, constants)
         expert_counts = metrics.pop("expert_counts")
-        return jax.tree.map(_as_kept, grads, params), metrics, expert_counts
+        return jax.tree.map(_as_kept, grads, params), metrics, expert_counts, {}
 
     return gradients
 

@@ -90,7 +90,7 @@ def train(config: ExperimentConfig, path: str | os.PathLike[str], watch: Watch |
         watch.failures(),
     ):
         watch.at("restoring")
-        state, tokens_before = make_state(parts, checkpointer)
+        state, recorded = make_state(parts, checkpointer)
         if jax.process_index() == 0:
             workdir.claim(config)
         first = int(jax.device_get(state.step))
@@ -98,7 +98,7 @@ def train(config: ExperimentConfig, path: str | os.PathLike[str], watch: Watch |
             config,
             workdir,
             first_step=first,
-            tokens=tokens_before,
+            state=recorded,
             skipped=int(jax.device_get(state.skipped)),
             flops_per_token=flops,
             peak_flops=peak,
@@ -143,7 +143,7 @@ def train(config: ExperimentConfig, path: str | os.PathLike[str], watch: Watch |
                     recorder.finish(pending, more)
                     pending = None
                     watch.at("saving")
-                    data_state = {"loader": parts.loader.get_state(), "tokens": recorder.tokens}
+                    data_state = {"loader": parts.loader.get_state(), **recorder.state}
                     checkpointer.save(step, state, data_state, force=last)
                     recorder.plot()
                     recorder.display.pause()

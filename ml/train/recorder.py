@@ -13,6 +13,7 @@ import numpy as np
 
 from ml.errors import UserError
 from ml.train.config import ExperimentConfig
+from ml.train.noise_scale import SmoothedNoiseScale
 from ml.train.reporting import MetricsFile, ProgressDisplay, TensorBoardWriter, plot_loss, read_metrics
 from ml.train.workdir import Workdir
 
@@ -45,16 +46,22 @@ class Recorder:
         workdir: Workdir,
         *,
         first_step: int,
-        tokens: int,
+        state: Mapping[str, Any],
         skipped: int,
         flops_per_token: float,
         peak_flops: float | None,
     ):
-        self.tokens = tokens
+        self.tokens: int = state.get("tokens", 0)
+        self._noise = SmoothedNoiseScale(**state.get("noise_scale", {}))
         self._config, self._workdir, self._skipped = config, workdir, skipped
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
         self._first_step = first_step
         self._stack = contextlib.ExitStack()
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What the next start needs, as plain numbers: for the checkpoint, and for ``state`` of the next recorder."""
+        return {"tokens": self.tokens, "noise_scale": dataclasses.asdict(self._noise)}
 
     def __enter__(self) -> "Recorder":
         first, steps = self._first_step, self._config.train.steps
@@ -87,12 +94,17 @@ class Recorder:
             return
         scalars = {name: value.item() for name, value in jax.device_get(dict(pending.metrics)).items()}
         self.tokens += round(scalars["tokens"])
-        self.display.update(pending.step, loss=scalars["loss"], tokens=round(scalars["tokens"]))
+        if "noise_signal" in scalars:
+            self._noise.update(scalars["noise_variance"], scalars["noise_signal"])
+        noise = self._noise.tokens if "noise_signal" in scalars else None
+        self.display.update(pending.step, loss=scalars["loss"], tokens=round(scalars["tokens"]), noise_scale=noise)
         speed = self.display.tokens_per_second
         row = {name: value for name, value in scalars.items() if name not in ("balance", "objective")}
         row["tokens"], row["skipped"] = round(scalars["tokens"]), round(scalars["skipped"])
         if self._config.model.moe is not None:
             row["balance"] = scalars["balance"]
+        if noise is not None:
+            row["noise_scale"] = noise
         row |= {"tokens_seen": self.tokens, **(more or {})}
         if speed is not None:
             row["tokens_per_second"] = speed

@@ -21,6 +21,7 @@ from ml.parallel.context import check_length
 from ml.parallel.pipeline_schedule import check_pipeline
 from ml.train.config import ExperimentConfig
 from ml.train.evaluation import make_evaluate
+from ml.train.noise_scale import check_noise_scale
 from ml.train.state import TrainState, init_state
 from ml.train.workdir import Workdir
 
@@ -98,6 +99,7 @@ def check_fit(config: ExperimentConfig, rules: Rules) -> None:
             f"config.train.batch_size={train.batch_size} is not a multiple of microbatches={train.microbatches} x "
             f"{rules.batch_shards} batch shards of the mesh; use a multiple of {parts}"
         )
+    check_noise_scale(train, rules)
     check_length(config.data.sequence_length, shape["sequence"], rules.sequence_order)
     check_experts(config.model, shape)
     if shape["stage"] > 1:
@@ -130,11 +132,11 @@ def make_model(config: ExperimentConfig, rules: Rules) -> Transformer:
     return Transformer(config.model, dtype=jnp.dtype(dtype), remat=config.train.remat, place=rules.spec)
 
 
-def make_state(parts: Parts, checkpointer: Checkpointer) -> tuple[TrainState, int]:
+def make_state(parts: Parts, checkpointer: Checkpointer) -> tuple[TrainState, dict[str, Any]]:
     """A fresh state, or the newest checkpoint's; also sets the loader to where it stood.
 
     Returns:
-      The state, and the number of tokens trained on so far.
+      The state, and what the recorder had put beside it (`ml.train.recorder.Recorder.state`).
     """
     train = parts.config.train
     state = init_state(
@@ -147,14 +149,14 @@ def make_state(parts: Parts, checkpointer: Checkpointer) -> tuple[TrainState, in
         params=_pretrained(parts) if train.init_from and checkpointer.latest_step() is None else None,
     )
     if checkpointer.latest_step() is None:
-        return state, 0
+        return state, {}
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
     jax.tree.map(lambda x: x.delete(), state)  # or both would be on the device at once
     restored = checkpointer.restore(abstract)
     if restored.data_state is None:
         raise UserError(f"{checkpointer.directory} holds a model, not a run; name its folder in config.train.init_from")
     parts.loader.set_state(restored.data_state["loader"])
-    return restored.state, restored.data_state["tokens"]
+    return restored.state, restored.data_state
 
 
 def _pretrained(parts: Parts) -> Any:

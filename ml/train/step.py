@@ -39,7 +39,7 @@ def make_train_step(
 
     def train_step(state, batch):
         tokens = batch["loss_mask"].sum()
-        *sums, expert_counts = gradients(state.params, batch)
+        *sums, expert_counts, noise = gradients(state.params, batch)
         grads, metrics = jax.tree.map(lambda x: x / jnp.maximum(tokens, 1), sums)
         old_opt_state = moved_to_device(state.opt_state) if config.offload_optimizer else state.opt_state
 
@@ -55,7 +55,7 @@ def make_train_step(
             (params, opt_state, ema),
             (state.params, old_opt_state, state.ema),
         )
-        metrics |= {
+        metrics |= noise | {
             "learning_rate": schedule(state.step - state.skipped),  # the optimizer has not counted skipped steps
             "gradient_norm": grad_norm,
             "parameter_norm": optax.tree.norm(params),

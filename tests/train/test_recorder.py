@@ -16,10 +16,10 @@ from ml.train.workdir import Workdir
 def record(tmp_path):
     """Makes a recorder for ``tmp_path``; keys are the experiment's, ``__`` for the dot."""
 
-    def make(first_step=0, tokens=0, skipped=0, **changes):
+    def make(first_step=0, tokens=0, skipped=0, state=None, **changes):
         config = experiment(tmp_path / "no.jsonl", **changes)
-        known = {"flops_per_token": 10.0, "peak_flops": 1e6}
-        return Recorder(config, Workdir(tmp_path), first_step=first_step, tokens=tokens, skipped=skipped, **known)
+        known = {"flops_per_token": 10.0, "peak_flops": 1e6, "state": state or {"tokens": tokens}}
+        return Recorder(config, Workdir(tmp_path), first_step=first_step, skipped=skipped, **known)
 
     return make
 
@@ -50,6 +50,29 @@ def test_a_row_a_step(record, tmp_path):
     }
     assert second["tokens_seen"] == 1150 and second["eval_loss"] == 2.5
     assert second["mfu"] == pytest.approx(second["tokens_per_second"] * 10 / 1e6)
+
+
+def with_noise(step, variance, signal):
+    one = pending(step)
+    return Pending(step, {**one.metrics, "noise_variance": variance, "noise_signal": signal}, one.batch)
+
+
+def test_the_noise_scale_is_a_ratio_of_averages_that_a_restart_continues(record, tmp_path, capsys):
+    steps = [(8.0, 2.0), (np.nan, np.nan), (4.0, -0.5), (4.0, 1.0)]
+    steps = [tuple(map(jnp.float32, step)) for step in steps]
+    with record() as recorder:
+        for step, scalars in enumerate(steps[:3], 1):
+            recorder.finish(with_noise(step, *scalars))
+    with record(first_step=3, state=recorder.state) as recorder:
+        recorder.finish(with_noise(4, *steps[3]))
+        recorder.finish(pending(5))
+    variance, signal = 0.95**2 * 8.0 + 0.95 * 4.0 + 4.0, 0.95**2 * 2.0 - 0.95 * 0.5 + 1.0
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert rows[0]["noise_scale"] == pytest.approx(4.0) and rows[1]["noise_scale"] == pytest.approx(4.0)
+    assert rows[3]["noise_scale"] == pytest.approx(variance / signal)
+    assert rows[2]["noise_signal"] == -0.5, "each step's own numbers are there to be averaged otherwise"
+    assert "noise_scale" not in rows[4]
+    assert "noise scale 4.00 tokens" in capsys.readouterr().err
 
 
 def test_rows_at_an_interval_and_always_where_the_run_stands(record, tmp_path):

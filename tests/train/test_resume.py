@@ -36,6 +36,7 @@ def arguments(config, workdir, *more):
     flags = {
         "train.steps": STEPS,
         "train.ema": 0.9,
+        "train.noise_scale": "true",  # its moving averages are part of what goes on
         "optimizer.clip_norm": 0.5,
         "schedule.kind": "constant",  # its rate does not depend on how many steps are still to come
         "checkpoint.every": 1000,

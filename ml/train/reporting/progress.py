@@ -54,6 +54,7 @@ class ProgressDisplay:
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
         self._line_seconds, self._clock = line_seconds, clock
         self._loss: float | None = None
+        self._noise_scale: float | None = None
         self._next_draw = 0.0
         self._shown_step: int | None = None
         # Points (time, step, tokens) at the two ends of the window over which speed is measured.
@@ -89,16 +90,17 @@ class ProgressDisplay:
         if self._progress is not None:
             self._progress.stop()
 
-    def update(self, step: int, *, loss: float, tokens: int) -> None:
+    def update(self, step: int, *, loss: float, tokens: int, noise_scale: float | None = None) -> None:
         """Reports a step that is done; cheap enough to call at every step.
 
         Args:
           step: its number, counted from 1.
           loss: its loss, in nats per token.
           tokens: counted tokens in its batch.
+          noise_scale: of the gradient, in tokens, where it is measured.
         """
         now = self._clock()
-        self._step, self._loss = step, loss
+        self._step, self._loss, self._noise_scale = step, loss, noise_scale
         if self._mark is None:  # the first step compiles: speed is measured from its end
             self._mark = self._next_mark = (now, step, 0)
         else:
@@ -153,6 +155,8 @@ class ProgressDisplay:
 
     def _figures(self) -> str:
         figures = [] if self._loss is None else [f"loss {self._loss:.4f}"]
+        if self._noise_scale is not None:
+            figures.append(f"noise scale {short_number(self._noise_scale)} tokens")
         if self._speed is not None:
             steps_per_second, tokens_per_second = self._speed
             figures.append(f"{short_number(tokens_per_second)} tokens/s")
