@@ -1,5 +1,6 @@
 """A whole training of a small byte-level transformer as one program, for studies that need many of them."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from ml.models import Transformer, TransformerConfig, init_params, logical_axes
 from ml.optim import OptimizerConfig, ScheduleConfig, make_optimizer
 from ml.studies.byte_text import VOCAB_SIZE
 from ml.train.config import TrainConfig
-from ml.train.objective import make_loss
+from ml.train.objective import Metrics, make_loss
 from ml.train.state import TrainState
 from ml.train.step import make_train_step
 
@@ -69,10 +70,38 @@ def make_byte_training(
       stages: one after another, with one state.
       heldout: to test on.
     """
+    trained = _training(config, optimizer, schedule, stages, TrainConfig(nonfinite="skip"))
+    return lambda rate, seed: float(_loss(config, trained(rate, seed)[0], heldout))
+
+
+def make_byte_curve(
+    config: TransformerConfig, optimizer: OptimizerConfig, schedule: ScheduleConfig, stage: Stage, **train: Any
+) -> Callable[[float, int], dict[str, np.ndarray]]:
+    """Returns ``(rate, seed) -> metrics of the train step``, each ``[steps]``; trains as `make_byte_training` does.
+
+    Rows are read once, so each step's training loss is one of text not seen before.
+
+    Args:
+      config, optimizer, schedule: as there.
+      stage: the only one.
+      train: further settings of `TrainConfig`: ``microbatches``, ``noise_scale``.
+    """
+    trained = _training(config, optimizer, schedule, [stage], TrainConfig(nonfinite="skip", **train))
+    return lambda rate, seed: jax.device_get(trained(rate, seed)[1][0])
+
+
+def _training(
+    config: TransformerConfig,
+    optimizer: OptimizerConfig,
+    schedule: ScheduleConfig,
+    stages: Sequence[Stage],
+    train: TrainConfig,
+) -> Callable[[float, int], tuple[PyTree, list[Metrics]]]:
+    """``(rate, seed) -> (parameters, metrics of each stage's steps)``; the batch size is the first stage's."""
     if optimizer.learning_rate != 1:
         raise ValueError(f"learning_rate={optimizer.learning_rate} must be 1: the rate is an argument of the training")
     size = stages[0].batch_size
-    train = TrainConfig(batch_size=size, nonfinite="skip")
+    train = dataclasses.replace(train, batch_size=size)
     total_steps = sum(stage.steps for stage in stages)
     tx, rate_at = make_optimizer(
         optimizer, schedule, total_steps=total_steps, batch_size=size, axes=logical_axes(config)
@@ -83,20 +112,21 @@ def make_byte_training(
         scaled = optax.chain(tx, optax.scale(rate))
         step, zero = make_train_step(Transformer(config), scaled, rate_at, train), jnp.zeros((), jnp.int32)
         state = TrainState(step=zero, params=params, opt_state=scaled.init(params), ema=None, skipped=zero)
+        metrics = []
         for part in batches:
-            state, _ = jax.lax.scan(lambda state, rows: (step(state, _batch(rows))[0], None), state, part)
-        return state.params
+            state, of_steps = jax.lax.scan(lambda state, rows: step(state, _batch(rows)), state, part)
+            metrics.append(of_steps)
+        return state.params, metrics
 
-    def training(rate: float, seed: int) -> float:
+    def training(rate: float, seed: int) -> tuple[PyTree, list[Metrics]]:
         order = np.random.default_rng(seed)
         batches = [
             order.permutation(stage.rows)[: stage.steps * stage.batch_size].reshape(
-                stage.steps, 1, stage.batch_size, -1
+                stage.steps, train.microbatches, stage.batch_size // train.microbatches, -1
             )
             for stage in stages
         ]
-        params = train_on(_init(config, jax.random.key(seed)), batches, rate)
-        return float(_loss(config, params, heldout))
+        return train_on(_init(config, jax.random.key(seed)), batches, rate)
 
     return training
 

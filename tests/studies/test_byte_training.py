@@ -9,7 +9,7 @@ from ml.errors import UserError
 from ml.models import Transformer, init_params, logical_axes
 from ml.optim import OptimizerConfig, ScheduleConfig, make_optimizer
 from ml.studies.byte_text import VOCAB_SIZE, byte_rows
-from ml.studies.byte_training import Stage, byte_model, make_byte_training
+from ml.studies.byte_training import Stage, byte_model, make_byte_curve, make_byte_training
 
 
 def test_rows_are_bytes_of_different_files():
@@ -57,3 +57,20 @@ def test_the_rate_is_an_argument():
         optimizer = OptimizerConfig("lamb", learning_rate=0.1)
         rows, heldout = byte_rows(4, 4, 7)
         make_byte_training(byte_model(1, 8, 2, 7), optimizer, ScheduleConfig(), [Stage(rows, 4)], heldout)
+
+
+def test_a_curve_is_of_the_same_pass(quick_compilation):
+    """Its losses are those of the rows in the order that the seed draws, however a batch is cut."""
+    config, seed = byte_model(1, 8, 2, 7), 5
+    rows, _ = byte_rows(12, 5, 7)
+    unit, schedule = OptimizerConfig("adamw", learning_rate=1.0), ScheduleConfig(kind="constant")
+    curve = make_byte_curve(config, unit, schedule, Stage(rows, 4), microbatches=2, noise_scale=True)
+    metrics = curve(0.01, seed)
+    assert metrics["loss"].shape == metrics["noise_variance"].shape == (3,) and (metrics["noise_variance"] > 0).all()
+
+    model = Transformer(config)
+    first = np.random.default_rng(seed).permutation(rows)[:4]
+    logits = model.apply({"params": init_params(model, jax.random.key(seed))}, first[:, :-1], method="forward")
+    expected = -jnp.take_along_axis(jax.nn.log_softmax(logits), first[:, 1:, None], -1).mean()
+    assert metrics["loss"][0] == pytest.approx(float(expected), rel=1e-4)
+    assert metrics["loss"][2] < metrics["loss"][0]
