@@ -2,7 +2,9 @@
 
 McCandlish et al. 2018: the simple noise scale, ``tr(Sigma) / |G|^2``, predicts the batch size at which a run needs
 twice the fewest steps and twice the fewest examples for a loss. The sweep finds that batch from steps to the loss at
-many batch sizes, each at the best of several learning rates; the estimate takes one run (`ml.train.noise_scale`).
+many batch sizes, each at the best of several learning rates; the estimate takes one run (`ml.train.noise_scale`). The
+noise scale grows while the loss falls, and the steps to a loss depend on all of it on the way there: compared is its
+mean over the steps of a run at a large batch. The one at the loss itself is kept beside it: it is larger.
 """
 
 import dataclasses
@@ -22,7 +24,7 @@ from ml.studies.batch_sweep import tune
 from ml.studies.byte_text import byte_rows
 from ml.studies.byte_training import Stage, byte_model, make_byte_curve
 from ml.studies.outcome import Budget, Measured, Outcome, Panel, Series, related
-from ml.studies.steps_to_loss import steps_to, window
+from ml.studies.steps_to_loss import smoothed, steps_to
 from ml.train.reporting.progress import ProgressDisplay
 
 _FACTOR = 2.0
@@ -57,11 +59,11 @@ SETTINGS: Mapping[Budget, Setting] = {
     "cpu": Setting(
         model=byte_model(num_layers=1, embed_dim=32, num_heads=2, length=32),
         optimizer="adamw",
-        rate=0.01,
+        rate=0.02,
         warmup_steps=10,
         target=2.2,
         steps={2: 1600, 8: 700, 32: 350, 128: 250},
-        probe_batch=32,
+        probe_batch=128,
         probe_parts=8,
     ),
     "gpu": Setting(
@@ -71,7 +73,7 @@ SETTINGS: Mapping[Budget, Setting] = {
         warmup_steps=20,
         target=1.8,
         steps={4: 20_000, 16: 10_000, 64: 5000, 256: 2500, 1024: 1200},
-        probe_batch=64,
+        probe_batch=1024,
         probe_parts=8,
     ),
 }
@@ -89,12 +91,14 @@ class Found:
     Attributes:
       steps: to the target, by batch size in rows, one for each seed.
       rates: the best for each batch size, of those that were tried.
-      noise: the noise scale in tokens around the target, one for each seed.
+      noise: the noise scale in tokens, mean over the steps to the target, one for each seed.
+      noise_at_target: around the target alone.
     """
 
     steps: Mapping[int, tuple[float, ...]]
     rates: Mapping[int, float]
     noise: tuple[float, ...]
+    noise_at_target: tuple[float, ...]
 
 
 def study(setting: Setting) -> Outcome:
@@ -109,6 +113,7 @@ def measure(setting: Setting) -> Found:
     steps: dict[int, tuple[float, ...]] = {}
     rates: dict[int, float] = {}
     noise: list[float] = []
+    at_target: list[float] = []
     with ProgressDisplay(len(sizes) + 1) as progress, ThreadPoolExecutor(os.cpu_count()) as pool:
         for done, (size, most) in enumerate(sizes.items(), 1):
             curve = _curve(setting, Stage(rows[: size * most], size))
@@ -128,10 +133,12 @@ def measure(setting: Setting) -> Found:
         stage = Stage(rows[: size * sizes[size]], size)
         curve = _curve(setting, stage, microbatches=setting.probe_parts, noise_scale=True)
         for metrics in pool.map(curve, [rates[size]] * len(setting.seeds), setting.seeds):
-            around = window(steps_to(metrics["loss"], setting.target), len(metrics["loss"]))
-            noise.append(float(metrics["noise_variance"][around].mean() / metrics["noise_signal"][around].mean()))
+            scale = smoothed(metrics["noise_variance"]) / smoothed(metrics["noise_signal"])
+            reached = round(min(steps_to(metrics["loss"], setting.target), len(scale)))
+            noise.append(float(scale[:reached].mean()))
+            at_target.append(float(scale[reached - 1]))
         progress.update(len(sizes) + 1, loss=setting.target, tokens=0)
-    return Found(steps, rates, tuple(noise))
+    return Found(steps, rates, tuple(noise), tuple(at_target))
 
 
 def _curve(setting: Setting, stage: Stage, **train: Any) -> Callable[[float, int], dict[str, np.ndarray]]:
@@ -153,7 +160,7 @@ def judge(setting: Setting, found: Found) -> Outcome:
         have="The noise scale measured while training (`ml/train/noise_scale.py`), `scripts/advise.py --measure`",
         claim="The gradient's noise scale, from the microbatches of one run, agrees with the critical batch of a "
         "brute-force sweep within a factor of 2",
-        setup=_setup(setting),
+        setup=_setup(setting, float(np.mean(found.noise_at_target))),
         baseline=swept,
         ours=ours,
         unit="tokens",
@@ -166,12 +173,13 @@ def judge(setting: Setting, found: Found) -> Outcome:
         details={
             "steps_to_loss": {str(size): list(steps) for size, steps in found.steps.items()},
             "rates": {str(size): rate for size, rate in found.rates.items()},
+            "noise_scale_at_target": list(found.noise_at_target),
             "fewest_steps": [fewest for _, fewest in fits],
         },
     )
 
 
-def _setup(setting: Setting) -> str:
+def _setup(setting: Setting, at_target: float) -> str:
     model, length = setting.model, setting.model.max_length
     sizes = ", ".join(f"{size * length:,}" for size in setting.steps)
     return (
@@ -179,9 +187,9 @@ def _setup(setting: Setting) -> str:
         f"library's source until its smoothed training loss (a single pass) is {setting.target} nats per byte: "
         f"{setting.optimizer} at a constant rate, tuned for each batch in steps of two with another seed, at batches "
         f"of {sizes} tokens. The sweep's critical batch is that of steps = fewest * (1 + critical / batch); the noise "
-        f"scale is averaged over the steps from 3/4 to 5/4 of those to that loss, at "
-        f"{setting.probe_batch * length:,} tokens in {setting.probe_parts} microbatches. Holds if the means over seeds "
-        "agree within a factor of 2."
+        f"scale is the mean over the steps to that loss, at {setting.probe_batch * length:,} tokens in "
+        f"{setting.probe_parts} microbatches (at the loss itself it is {at_target:,.0f}). Holds if the means over "
+        "seeds agree within a factor of 2."
     )
 
 

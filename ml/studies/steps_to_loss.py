@@ -29,8 +29,3 @@ def steps_to(losses: Float[np.ndarray, "steps"], target: float) -> float:
         return 1.0
     before, after = curve[first - 1], curve[first]
     return first + float((before - target) / (before - after))
-
-
-def window(steps: float, length: int, share: float = 0.25) -> slice:
-    """The steps from ``1 - share`` to ``1 + share`` times ``steps``, of a run of ``length``: around a loss."""
-    return slice(max(0, math.floor((1 - share) * steps)), min(length, math.ceil((1 + share) * steps)))

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from ml.studies.steps_to_loss import smoothed, steps_to, window
+from ml.studies.steps_to_loss import smoothed, steps_to
 
 
 def test_steps_are_read_off_a_noisy_power_law():
@@ -20,9 +20,3 @@ def test_steps_are_read_off_a_noisy_power_law():
 def test_smoothing_shifts_nothing():
     line = np.arange(200.0)
     np.testing.assert_allclose(smoothed(line), line, atol=1e-9)
-
-
-def test_a_window_stays_within_the_run():
-    assert window(100, 1000) == slice(75, 125)
-    assert window(100, 110) == slice(75, 110)
-    assert window(1, 10) == slice(0, 2)
