@@ -7,6 +7,7 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.flash_attention import Implementation, flash_attention
+from pallas_kernels.flash_attention.intervals import segment_intervals
 
 
 @flax.struct.dataclass
@@ -43,26 +44,30 @@ class AttentionStrategy(Protocol):
 
 @flax.struct.dataclass
 class SelfAttention:
-    """Causal attention within a batch of packed sequences: training, evaluation and prefill without a cache.
+    """Attention within a batch of packed sequences: training, evaluation and prefill without a cache.
 
     Attributes:
       segment_ids: documents packed in a row; ``None``: each row is one document.
       implementation: see `pallas_kernels.flash_attention`.
+      causal: a token sees what came before it in its document; otherwise (an encoder) all of its document.
     """
 
     segment_ids: Int[Array, "batch length"] | None = None
     implementation: Implementation = flax.struct.field(pytree_node=False, default="auto")
+    causal: bool = flax.struct.field(pytree_node=False, default=True)
 
     def attend(
         self, layer: AttentionLayer, query: jax.Array, key: jax.Array, value: jax.Array, state: Any
     ) -> tuple[jax.Array, Any]:
         """See `AttentionStrategy.attend`; ``state`` passes through."""
+        seen: dict[str, Any] = {"segment_ids": self.segment_ids, "window": layer.window}
+        if not self.causal:
+            seen = {"intervals": segment_intervals(query.shape[1], self.segment_ids)}
         out = flash_attention(
             query,
             key,
             value,
-            segment_ids=self.segment_ids,
-            window=layer.window,
+            **seen,
             scale=layer.scale,
             softcap=layer.softcap,
             implementation=self.implementation,
