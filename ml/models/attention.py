@@ -7,7 +7,6 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.flash_attention import Implementation, flash_attention
-from pallas_kernels.flash_attention.intervals import segment_intervals
 
 
 @flax.struct.dataclass
@@ -60,14 +59,13 @@ class SelfAttention:
         self, layer: AttentionLayer, query: jax.Array, key: jax.Array, value: jax.Array, state: Any
     ) -> tuple[jax.Array, Any]:
         """See `AttentionStrategy.attend`; ``state`` passes through."""
-        seen: dict[str, Any] = {"segment_ids": self.segment_ids, "window": layer.window}
-        if not self.causal:
-            seen = {"intervals": segment_intervals(query.shape[1], self.segment_ids)}
         out = flash_attention(
             query,
             key,
             value,
-            **seen,
+            segment_ids=self.segment_ids,
+            causal=self.causal,
+            window=layer.window,
             scale=layer.scale,
             softcap=layer.softcap,
             implementation=self.implementation,

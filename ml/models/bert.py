@@ -126,12 +126,12 @@ class Bert(nn.Module):
         self.pooler = self._head("be,ef->bf", (c.embed_dim, c.embed_dim), ("embed", "features"))
         if c.encoder.num_classes:
             shape = (c.embed_dim, c.encoder.num_classes)
-            self.classifier = self._head("bf,fc->bc", shape, ("features", "classes"))
+            self.classifier = self._head("bf,fc->bc", shape, ("embed", "classes"))
         else:
             self.mlm_dense = self._head("ble,ef->blf", (c.embed_dim, c.embed_dim), ("embed", "features"))
             self.mlm_norm = block_norm(c)
             self.mlm_output = _Bias(c.vocab_size)
-            self.next_sentence = self._head("bf,fc->bc", (c.embed_dim, 2), ("features", "classes"))
+            self.next_sentence = self._head("bf,fc->bc", (c.embed_dim, 2), ("embed", "classes"))
 
     def __call__(
         self,
