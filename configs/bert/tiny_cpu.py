@@ -16,7 +16,7 @@ from ml.train.base import base
 def get_config(arg: str = "") -> ConfigDict:
     """See the module's docstring."""
     del arg
-    vocab_size = 4096
+    vocab_size = 2048
     data = DataConfig(
         sources=(SourceConfig(kind="python_prose"),),
         tokenizer=TokenizerConfig(vocab_size=vocab_size),
@@ -31,10 +31,10 @@ def get_config(arg: str = "") -> ConfigDict:
     config.schedule.kind = "linear"
     config.schedule.warmup_fraction = 0.1
 
-    config.train.steps = 600
-    config.train.batch_size = 64
+    config.train.steps = 500
+    config.train.batch_size = 32
     config.train.remat = "none"
     config.eval.every = 100
     config.eval.batches = 8
-    config.checkpoint.every = 200
+    config.checkpoint.every = 100
     return config

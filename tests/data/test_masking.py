@@ -121,6 +121,9 @@ def test_the_longer_sentence_is_cut_first(a, b, room):
     if a + b > room:
         assert min(len(x), len(y)) == min(a, b, room // 2)
     assert x_words[0] and y_words[0] and (np.diff(x) == 1).all()
+    drawn = [truncated(*pair, room, np.random.default_rng(seed)) for seed in range(20)]
+    begins = {int(first[0][0]) for first, _ in drawn} | {int(second[0][0]) for _, second in drawn}
+    assert (len(begins) > 1) == (a + b > room), "from the front or the back by chance"
 
 
 def test_records_fill_rows_and_leave_no_sentence_alone():
