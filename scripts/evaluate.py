@@ -9,10 +9,11 @@ from typing import Literal
 import app
 from absl import flags
 
-from ml.data.config import DataConfig, SourceConfig, SourceKind, TokenizerConfig
+from ml.data.config import DataConfig, MaskedConfig, SourceConfig, SourceKind, TokenizerConfig
 
 _USAGE = """
-Measures a model on text: nats per token, perplexity, bits per byte (one JSON object on stdout).
+Measures a model on text: nats per token, perplexity, bits per byte; of an encoder also accuracy (one JSON object on
+stdout).
 
   python scripts/evaluate.py --model=runs/quickstart                      # on the run's own held-out text
   python scripts/evaluate.py --model=Qwen3-0.6B --text='books/*.txt'      # on any text, JSONL or Parquet
@@ -42,7 +43,7 @@ def main() -> None:
     from ml.checkpoint.pretrained import load_model
     from ml.data import check_vocab, heldout_batches, prepare
     from ml.errors import UserError
-    from ml.models import Transformer
+    from ml.models import module_of
     from ml.parallel import MeshConfig, Rules
     from ml.train.config import TrainConfig
     from ml.train.evaluation import make_evaluate
@@ -60,7 +61,16 @@ def main() -> None:
         kind = _KINDS.get(Path(args.text).suffix, "text")
         length = args.sequence_length or (own and own.sequence_length) or min(config.max_length, 2048)
         source = SourceConfig(kind=kind, path=args.text, text_field=args.text_field)
-        data = DataConfig((source,), TokenizerConfig(path=str(tokenizer_path)), length, heldout_fraction=0.0)
+        masked = MaskedConfig() if config.encoder and not config.encoder.num_classes else None
+        tokenizer = TokenizerConfig(path=str(tokenizer_path))
+        data = DataConfig(
+            (source,),
+            tokenizer,
+            length,
+            heldout_fraction=0.0,
+            masked=own.masked if own else masked,
+            labelled=own.labelled if own else None,
+        )
         side: Literal["train", "heldout"] = "train"
     elif own is None:
         raise UserError(f"--text is missing; --model={folder} is no training run with held-out text of its own")
@@ -80,20 +90,13 @@ def main() -> None:
         batches = heldout_batches(prepared, global_batch_size=rows, side=side)
         text_bytes = prepared.heldout_bytes if side == "heldout" else prepared.train_bytes
         with jax.set_mesh(rules.mesh):
-            model = Transformer(config, dtype=dtype, place=rules.spec)
+            model = module_of(config, dtype=dtype, place=rules.spec)
             params = jax.device_put(params, rules.sharding())
             loss = make_evaluate(model, TrainConfig(), rules)(params, batches)
-    print(
-        json.dumps(
-            {
-                "loss": loss.per_token,
-                "perplexity": math.exp(min(loss.per_token, 700)),
-                "bits_per_byte": loss.bits_per_byte(text_bytes),
-                "tokens": loss.tokens,
-                "bytes": text_bytes,
-            }
-        )
-    )
+    # An encoder codes no text: it sees what stands behind a token.
+    codes = {} if config.encoder else {"bits_per_byte": loss.bits_per_byte(text_bytes)}
+    figures = loss.scalars | {"perplexity": math.exp(min(loss.per_token, 700))} | codes
+    print(json.dumps(figures | {"tokens": loss.tokens, "bytes": text_bytes}))
 
 
 def _own_data(folder: Path):

@@ -35,6 +35,17 @@ _GPT2: dict[str, Any] = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
+_BERT: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "type_vocab_size": 2,
+    "pad_token_id": None,
+}
+_SIZES_OF = {"gpt2": _GPT2, "bert": _BERT}
 _LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 24, "num_experts": 4}
 _GEMMA = {"tie_word_embeddings": True, "query_pre_attn_scalar": 24, "sliding_window": 8}
@@ -110,6 +121,8 @@ CASES = {
         "gpt2",
         {"scale_attn_weights": False, "n_inner": 40, "activation_function": "gelu", "tie_word_embeddings": False},
     ),
+    "bert": Case("bert", {}, golden=True),
+    "bert_options": Case("bert", {"type_vocab_size": 3, "hidden_act": "gelu_new", "layer_norm_eps": 1e-3}),
 }
 
 
@@ -119,15 +132,22 @@ def build(case: Case, seed: int = 0) -> Any:
     import transformers
 
     torch.manual_seed(seed)
-    sizes = _GPT2 if case.family == "gpt2" else _SIZES
+    sizes = _SIZES_OF.get(case.family, _SIZES)
     config = transformers.AutoConfig.for_model(case.family, **(sizes | case.fields))
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+    model = auto_class(case.family).from_config(config, attn_implementation="eager", dtype=torch.float32)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.normal_(0.0, _stddev(name, tuple(weight.shape), case))
             if weight.ndim == 1 and name.endswith("weight") and not case.family.startswith("gemma"):
                 weight.add_(1.0)  # a norm's scale; Gemma stores it less one
     return model.eval()
+
+
+def auto_class(family: str) -> Any:
+    """The class of `transformers` that makes and loads models of this family with the heads they are trained with."""
+    import transformers
+
+    return transformers.AutoModelForPreTraining if family == "bert" else transformers.AutoModelForCausalLM
 
 
 def round_to_bfloat16(model: Any) -> None:
@@ -140,11 +160,14 @@ def round_to_bfloat16(model: Any) -> None:
 
 
 def logits(model: Any, tokens: np.ndarray) -> np.ndarray:
-    """Logits of `transformers`, float32 ``[batch, length, vocab]``."""
+    """Logits of the tokens by `transformers`, float32 ``[batch, length, vocab]``."""
     import torch
 
+    ids = torch.from_numpy(tokens.astype(np.int64))
     with torch.no_grad():
-        return model(torch.from_numpy(tokens.astype(np.int64)), use_cache=False).logits.numpy()
+        if model.config.model_type == "bert":
+            return model(ids).prediction_logits.numpy()
+        return model(ids, use_cache=False).logits.numpy()
 
 
 def tokens(batch: int = 2, vocab_size: int = 96) -> np.ndarray:
@@ -156,8 +179,8 @@ def _stddev(name: str, shape: tuple[int, ...], case: Case) -> float:
     """Logits come out with a deviation near one, attention neither uniform nor one-hot."""
     if len(shape) == 1:
         return 0.3
-    if any(part in name for part in ("embed_tokens", "wte", "wpe")):
-        return 0.3 if case.fields.get("tie_word_embeddings", case.family == "gpt2") else 1.0
+    if any(part in name for part in ("embed_tokens", "wte", "wpe", "_embeddings")):
+        return 0.3 if case.fields.get("tie_word_embeddings", case.family in ("gpt2", "bert")) else 1.0
     fan_in = shape[0] if case.family == "gpt2" and "lm_head" not in name else shape[-1]
     return (2.0 if "lm_head" in name else 1.2) * fan_in**-0.5
 

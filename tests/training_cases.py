@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from ml.config import build
-from ml.models import MoEConfig, Transformer, TransformerConfig, init_params
+from ml.models import MoEConfig, TransformerConfig, init_params, module_of
 from ml.train.config import ExperimentConfig
 
 LENGTH = 16
@@ -58,7 +58,7 @@ MODELS = {
 def initial_params(config: TransformerConfig, seed: int = 0) -> Any:
     """Random parameters from NumPy, larger than a run begins with, so that every part of the model has its say."""
     rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(lambda: init_params(Transformer(config), jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: init_params(module_of(config), jax.random.key(0)))
 
     def leaf(path, shape):
         name = path[-1].key

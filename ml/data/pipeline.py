@@ -12,17 +12,22 @@ which rows share a microbatch, is not. Here each microbatch is a contiguous part
 contiguous parts of every microbatch, so that the microbatches are the same on any number of hosts.
 """
 
+import dataclasses
+import functools
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, SupportsIndex
 
 import grain
 import numpy as np
 from absl import flags
 
+from ml.data.config import DataConfig
+from ml.data.labelled import LabelledReader, empty_labelled
+from ml.data.masking import PairReader, empty_pairs
 from ml.data.prepare import Prepared
-from ml.data.rows import Batch, PackedRows, gather
+from ml.data.rows import Batch, empty_batch, gather
 from ml.errors import UserError
 
 
@@ -42,10 +47,10 @@ class Loader(Iterator[Batch]):
         self._batches: Any = None
 
     def __next__(self) -> Batch:
-        """The next batch: ``tokens``, ``targets``, ``segment_ids``, ``positions`` int32, ``loss_mask`` float32.
+        """The next batch: this host's rows of the first microbatch before those of the second.
 
-        Each is ``[rows, sequence_length]``, this host's rows of the first microbatch before those of the second; see
-        `ml.data.rows.gather`.
+        What arrays there are says `ml.data.rows.gather`, or for an encoder `ml.data.masking.empty_pairs` and
+        `ml.data.labelled.empty_labelled`.
         """
         if self._batches is None:
             rows = _HostRows(self._order, self._next_row, self._share)
@@ -135,18 +140,24 @@ def make_loader(
     share = _Share(global_batch_size, shard_index, shard_count, microbatches)
     stores = [source.train for source in prepared.sources]
     weights = [source.weight for source in prepared.sources]
+    read = _Read.of(prepared, stores, _derived_seed(seed, len(stores)))
     first = 0
-    numbers = []
+    numbers: list[Any] = []
     for index, store in enumerate(stores):
         rows = grain.MapDataset.range(first, first + len(store))
         # Grain shuffles epoch e with seed + e: seeds next to each other would share epochs, so they are spread first.
-        numbers.append(rows.shuffle(seed=_derived_seed(seed, index)).repeat())
+        rows = rows.shuffle(seed=_derived_seed(seed, index)).repeat()
+        if isinstance(read.read, PairReader):
+            rows = rows.map_with_index(_NumberOfEpoch(len(store), read.read.records))
+        numbers.append(rows)
         first += len(store)
     order = numbers[0] if len(numbers) == 1 else grain.MapDataset.mix(numbers, weights)
-    contents = [(store.digest, weight / sum(weights)) for store, weight in zip(stores, weights, strict=True)]
+    contents: list[Any] = [(store.digest, weight / sum(weights)) for store, weight in zip(stores, weights, strict=True)]
+    if prepared.config.masked is not None:
+        contents.append(dataclasses.asdict(prepared.config.masked))
     fingerprint = hashlib.blake2b(json.dumps([seed, contents]).encode(), digest_size=16).hexdigest()
     workers = prepared.config.num_workers if num_workers is None else num_workers
-    return Loader(order, _Read(stores), share, workers, fingerprint)
+    return Loader(order, read, share, workers, fingerprint)
 
 
 def heldout_batches(
@@ -159,7 +170,8 @@ def heldout_batches(
 ) -> HeldoutBatches:
     """One pass over the held-out rows of all sources, in a fixed order; the last batch is filled up with padding.
 
-    The sum of ``loss_mask`` over all batches and hosts is the number of held-out targets, whatever the batch size.
+    The sum of ``loss_mask`` over all batches and hosts is the number of held-out targets, whatever the batch size. An
+    encoder's pairs and masks are the same in every pass.
 
     Args:
       prepared: from `ml.data.prepare`.
@@ -172,7 +184,16 @@ def heldout_batches(
     """
     share = _Share(global_batch_size, shard_index, shard_count)
     stores = [getattr(source, side) for source in prepared.sources]
-    return HeldoutBatches(sum(map(len, stores)), _Read(stores), share)
+    return HeldoutBatches(sum(map(len, stores)), _Read.of(prepared, stores, seed=None), share)
+
+
+def padding(config: DataConfig, rows: int) -> Batch:
+    """A batch of nothing, with the arrays that batches of ``config`` have."""
+    if config.labelled is not None:
+        return empty_labelled(rows, config.sequence_length)
+    if config.masked is not None:
+        return empty_pairs(rows, config.sequence_length, config.masked)
+    return empty_batch(rows, config.sequence_length)
 
 
 class _Share:
@@ -216,11 +237,33 @@ class _HostRows(grain.MapDataset):
 class _Read(grain.transforms.Map):
     """Reads a batch of row numbers."""
 
-    def __init__(self, stores: Sequence[PackedRows]):
-        self._stores = stores
+    def __init__(self, read: Callable[[np.ndarray], Batch]):
+        self.read = read
+
+    @classmethod
+    def of(cls, prepared: Prepared, stores: Sequence[Any], seed: int | None) -> "_Read":
+        """The reader that suits the data: rows as they are, or pairs of sentences drawn by ``seed``."""
+        config, tokenizer = prepared.config.masked, prepared.tokenizer
+        if prepared.config.labelled is not None:
+            return cls(LabelledReader(stores, tokenizer.encoder_ids()))
+        if config is None:
+            return cls(functools.partial(gather, stores))
+        text = np.setdiff1d(np.arange(tokenizer.vocab_size), list(tokenizer.special_ids()))
+        return cls(PairReader(stores, config, tokenizer.encoder_ids(), text, seed))
 
     def map(self, element: np.ndarray) -> Batch:
-        return gather(self._stores, np.asarray(element))
+        return self.read(np.asarray(element))
+
+
+class _NumberOfEpoch(grain.transforms.MapWithIndex):
+    """Makes the number of a row in an epoch of the number of the row, for `PairReader`."""
+
+    def __init__(self, rows: int, all_rows: int):
+        self._rows = rows
+        self._all_rows = all_rows
+
+    def map_with_index(self, index: int, element: int) -> int:
+        return element + index // self._rows * self._all_rows
 
 
 def _derived_seed(seed: int, source: int) -> int:

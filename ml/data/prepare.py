@@ -12,13 +12,17 @@ import os
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt32
 
 from ml.data.cache import build_once
 from ml.data.config import DataConfig
+from ml.data.labelled import LabelledStore, LabelledWriter
+from ml.data.prose import sentences
 from ml.data.rows import PackedRows, RowWriter
+from ml.data.sentences import SentenceStore, SentenceWriter
 from ml.data.sources import Document, Source, is_heldout
 from ml.data.tokenizer import Tokenizer
 from ml.errors import UserError
@@ -29,6 +33,14 @@ _log = logging.getLogger(__name__)
 _FORMAT = 1
 _GROUP_CHARACTERS = 2**21
 _PIECE_CHARACTERS = 2**19
+
+Store = PackedRows | SentenceStore | LabelledStore
+# (masked, labelled) -> name in the cache, and what reads it.
+_STORES: dict[tuple[bool, bool], tuple[str, Any]] = {
+    (False, False): ("rows", PackedRows),
+    (True, False): ("sentences", SentenceStore),
+    (False, True): ("labelled", LabelledStore),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +56,8 @@ class PreparedSource:
 
     name: str
     weight: float
-    train: PackedRows
-    heldout: PackedRows
+    train: Store
+    heldout: Store
     heldout_file: Path
 
 
@@ -114,14 +126,18 @@ def prepare(config: DataConfig, workdir: str | os.PathLike[str], *, where: str =
     tokenizer = _tokenizer(config, sources, cache, where)
     prepared = []
     for source in sources:
-        key = _key("rows", source.fingerprint, tokenizer.fingerprint, config.heldout_fraction, config.sequence_length)
-        folder = build_once(cache / f"rows-{key}", _Packing(config, source, tokenizer))
+        kind, store = _STORES[config.masked is not None, config.labelled is not None]
+        asked = (config.labelled,) if config.labelled else ()
+        key = _key(
+            kind, source.fingerprint, tokenizer.fingerprint, config.heldout_fraction, config.sequence_length, *asked
+        )
+        folder = build_once(cache / f"{kind}-{key}", _Packing(config, source, tokenizer))
         prepared.append(
             PreparedSource(
                 name=f"{source.config.kind}:{source.config.path or 'standard library'}",
                 weight=source.config.weight,
-                train=PackedRows(folder / "train"),
-                heldout=PackedRows(folder / "heldout"),
+                train=store(folder / "train"),
+                heldout=store(folder / "heldout"),
                 heldout_file=folder / "heldout.txt",
             )
         )
@@ -149,13 +165,13 @@ class _Packing:
             train = stack.enter_context(contextlib.closing(self._writer(folder / "train")))
             heldout = stack.enter_context(contextlib.closing(self._writer(folder / "heldout")))
             heldout_file = stack.enter_context(open(folder / "heldout.txt", "wb"))
-            for document, ids in _encode(source.documents(), self._tokenizer):
+            for document, encoded in self._encode():
                 text = document.text.encode()
                 if is_heldout(document.key, fraction):
-                    heldout.add(ids, len(text))
+                    heldout.add(encoded, len(text))
                     heldout_file.write(text)
                 else:
-                    train.add(ids, len(text))
+                    train.add(encoded, len(text))
             counts, held = train.finish(), heldout.finish()
         if not counts["documents"]:
             path = source.config.path or "the standard library"
@@ -177,11 +193,24 @@ class _Packing:
             time.monotonic() - began,
         )
 
-    def _writer(self, directory: Path) -> RowWriter:
-        tokenizer = self._tokenizer
+    def _encode(self) -> Iterator[tuple[Document, Any]]:
+        documents, labelled = self._source.documents(), self._config.labelled
+        if self._config.masked is not None:
+            return _encode_sentences(documents, self._tokenizer)
+        if labelled is None:
+            return _encode(documents, self._tokenizer)
+        number = {label: index for index, label in enumerate(labelled.labels)}
+        encoded = _encode((document for document in documents if document.label in number), self._tokenizer)
+        return ((document, (ids, number[document.label])) for document, ids in encoded)
+
+    def _writer(self, directory: Path) -> Any:
+        tokenizer, length = self._tokenizer, self._config.sequence_length
+        if self._config.for_encoder:
+            writer = SentenceWriter if self._config.labelled is None else LabelledWriter
+            return writer(directory, sequence_length=length, vocab_size=tokenizer.vocab_size)
         return RowWriter(
             directory,
-            sequence_length=self._config.sequence_length,
+            sequence_length=length,
             bos_id=tokenizer.bos_id,
             eos_id=tokenizer.eos_id,
             vocab_size=tokenizer.vocab_size,
@@ -190,15 +219,19 @@ class _Packing:
 
 def _tokenizer(config: DataConfig, sources: list[Source], cache: Path, where: str) -> Tokenizer:
     """Loads the configured tokenizer, or trains one on the training documents and keeps it in the cache."""
-    settings = config.tokenizer
+    settings, encoder = config.tokenizer, config.for_encoder
     if settings.path:
-        return Tokenizer.load(settings.path, f"{where}.tokenizer.path")
+        tokenizer = Tokenizer.load(settings.path, f"{where}.tokenizer.path")
+        if encoder:
+            tokenizer.encoder_ids(f"{where}.tokenizer.path")
+        return tokenizer
     corpus = [(source.fingerprint, source.config.weight) for source in sources]
-    key = _key("tokenizer", corpus, config.heldout_fraction, settings.vocab_size, settings.sample_bytes)
+    purpose = ("encoder",) if encoder else ()
+    key = _key("tokenizer", corpus, config.heldout_fraction, settings.vocab_size, settings.sample_bytes, *purpose)
 
     def train(folder: Path) -> None:
         began = time.monotonic()
-        tokenizer = Tokenizer.train(_sample(config, sources), settings.vocab_size)
+        tokenizer = Tokenizer.train(_sample(config, sources), settings.vocab_size, encoder=encoder)
         tokenizer.save(folder)
         _log.info("trained a tokenizer of %d entries in %.1f s", tokenizer.vocab_size, time.monotonic() - began)
 
@@ -230,6 +263,31 @@ def _encode(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tup
             if finished is not None:
                 yield finished, np.concatenate(parts)
                 parts = []
+
+
+def _encode_sentences(
+    documents: Iterable[Document], tokenizer: Tokenizer
+) -> Iterator[tuple[Document, list[tuple[list[int], list[bool]]]]]:
+    """Cuts each document into sentences; of each its ids and which of them begin a word. Grouped as `_encode` does."""
+    for group in _document_groups(documents):
+        cut = [sentences(document.text) for document in group]
+        encoded = iter(tokenizer.encode_words([sentence for parts in cut for sentence in parts]))
+        for document, parts in zip(group, cut, strict=True):
+            of_document = [next(encoded) for _ in parts]
+            yield document, [(ids, words) for ids, words in of_document if ids]
+
+
+def _document_groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    group: list[Document] = []
+    characters = 0
+    for document in documents:
+        group.append(document)
+        characters += len(document.text)
+        if characters >= _GROUP_CHARACTERS:
+            yield group
+            group, characters = [], 0
+    if group:
+        yield group
 
 
 def _groups(documents: Iterable[Document]) -> Iterator[list[tuple[str, Document | None]]]:

@@ -6,7 +6,6 @@ which chunks make up each row. Plain arrays rather than records: padding, target
 the tables and cost no disk, a row is read without decoding anything, and all reading processes share one page cache.
 """
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 from jaxtyping import Int64
 from numpy.typing import ArrayLike
 
+from ml.data.flat_files import FlatFiles, map_file, token_dtype
 from ml.data.packing import pack_best_fit, split_pairs
 
 Batch = dict[str, np.ndarray]
@@ -28,17 +28,14 @@ class RowWriter:
     """Appends documents to the three files in ``directory``. Memory is bounded by one document and one window."""
 
     def __init__(self, directory: Path, *, sequence_length: int, bos_id: int, eos_id: int, vocab_size: int):
-        directory.mkdir(parents=True)
-        self._directory = directory
+        self._files = FlatFiles(directory, ("tokens", "chunks", "rows"))
         self._length = sequence_length
         self._bos, self._eos = bos_id, eos_id
-        self._dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
-        self._files = {name: open(directory / f"{name}.bin", "wb") for name in ("tokens", "chunks", "rows")}  # noqa: SIM115
-        self._digest = hashlib.blake2b(digest_size=16)
+        self._dtype = token_dtype(vocab_size)
         self._window: list[tuple[int, int]] = []
         self._tokens = self._chunks = self._rows = 0
         self._counts = {"documents": 0, "bytes": 0, "targets": 0}
-        self._append("rows", np.zeros(1, np.int64))
+        self._files.append("rows", np.zeros(1, np.int64))
 
     def add(self, ids: ArrayLike, num_bytes: int) -> None:
         """Adds a document of these text tokens (without BOS and EOS), which stand for ``num_bytes`` of UTF-8."""
@@ -52,7 +49,7 @@ class RowWriter:
                 self._write_row([chunk])
             else:
                 self._window.append(chunk)
-        self._append("tokens", sequence)
+        self._files.append("tokens", sequence)
         self._tokens += len(sequence)
         for name, amount in (("documents", 1), ("bytes", num_bytes), ("targets", pairs)):
             self._counts[name] += amount
@@ -62,23 +59,19 @@ class RowWriter:
     def finish(self) -> dict[str, Any]:
         """Packs what is left, closes the files, writes ``rows.json`` and returns it."""
         self._pack_window()
-        self.close()
-        description = {
-            "sequence_length": self._length,
-            "token_dtype": self._dtype.name,
-            "tokens": self._tokens,
-            "chunks": self._chunks,
-            "rows": self._rows,
+        return self._files.finish(
+            "rows",
+            sequence_length=self._length,
+            token_dtype=self._dtype.name,
+            tokens=self._tokens,
+            chunks=self._chunks,
+            rows=self._rows,
             **self._counts,
-            "digest": self._digest.hexdigest(),
-        }
-        (self._directory / "rows.json").write_text(json.dumps(description, indent=2))
-        return description
+        )
 
     def close(self) -> None:
         """Closes the files; the rows are whole only after `finish`."""
-        for file in self._files.values():
-            file.close()
+        self._files.close()
 
     def _pack_window(self) -> None:
         lengths = np.array([size for _, size in self._window], np.int64)
@@ -87,16 +80,10 @@ class RowWriter:
         self._window = []
 
     def _write_row(self, chunks: list[tuple[int, int]]) -> None:
-        self._append("chunks", np.array(chunks, np.int64))
+        self._files.append("chunks", np.array(chunks, np.int64))
         self._chunks += len(chunks)
         self._rows += 1
-        self._append("rows", np.array([self._chunks], np.int64))
-
-    def _append(self, name: str, array: np.ndarray) -> None:
-        data = array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
-        self._digest.update(name.encode())
-        self._digest.update(data)
-        self._files[name].write(data)
+        self._files.append("rows", np.array([self._chunks], np.int64))
 
 
 class PackedRows:
@@ -117,9 +104,9 @@ class PackedRows:
         self.bytes: int = description["bytes"]
         self.targets: int = description["targets"]
         self.digest: str = description["digest"]
-        self._tokens = self._map("tokens", description["token_dtype"])
-        self._chunks = self._map("chunks", "int64").reshape(-1, 2)
-        self._offsets = self._map("rows", "int64")
+        self._tokens = map_file(directory, "tokens", description["token_dtype"])
+        self._chunks = map_file(directory, "chunks", "int64").reshape(-1, 2)
+        self._offsets = map_file(directory, "rows", "int64")
 
     def __reduce__(self):
         return PackedRows, (self._directory,)
@@ -139,14 +126,6 @@ class PackedRows:
             batch["positions"][place, span] = np.arange(size)
             column += size
         batch["loss_mask"][place, :column] = 1.0
-
-    def _map(self, name: str, dtype: str) -> np.ndarray:
-        path = self._directory / f"{name}.bin"
-        little_endian = np.dtype(dtype).newbyteorder("<")
-        if not path.stat().st_size:
-            return np.zeros(0, little_endian)
-        # A plain ndarray over the map: slicing np.memmap itself costs several times as much.
-        return np.asarray(np.memmap(path, little_endian, mode="r"))
 
 
 def empty_batch(rows: int, length: int) -> Batch:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from ml.data.config import SourceConfig
 from ml.data.files import SourceFile, find_files, listing_fingerprint
+from ml.data.prose import docstrings, prose
 from ml.errors import UserError, nearest
 
 _log = logging.getLogger(__name__)
@@ -32,10 +33,12 @@ class Document(NamedTuple):
       key: its identity, from which its place (training or held out) is drawn: a file's relative path where a document
         is a file, else the text itself, so that equal records never fall on both sides.
       text: never empty, and always encodable as UTF-8.
+      label: what it is, where the source tells.
     """
 
     key: str
     text: str
+    label: str = ""
 
 
 class Source:
@@ -52,19 +55,19 @@ class Source:
         self.config = config
         self.where = where
         suffixes, self._read = _READERS[config.kind]
-        skip: tuple[str, ...] = _NOT_CORPUS if config.kind == "python_source" else ()
+        skip: tuple[str, ...] = _NOT_CORPUS if config.kind.startswith("python_") else ()
         path = config.path
         if not path:
             path = sysconfig.get_path("stdlib")
             skip += _STDLIB_TESTS
-        if suffixes and config.kind != "python_source":
+        if suffixes and not config.kind.startswith("python_"):
             suffixes += tuple(
                 s + c for s in suffixes for c in (".gz", ".bz2", ".xz") if config.kind in ("text", "jsonl")
             )
         self.files = find_files(path, suffixes, f"{where}.path", skip_directories=skip)
         # An installed standard library is told apart by its sizes; modification times differ from machine to machine.
         listing = listing_fingerprint(self.files, with_version=bool(config.path))
-        settings = repr((config.kind, config.text_field, config.split_by, listing))
+        settings = repr((config.kind, config.text_field, config.split_by, config.label_field, listing))
         self.fingerprint = hashlib.blake2b(settings.encode(), digest_size=16).hexdigest()
 
     def documents(self, *, scattered: bool = False) -> Iterator[Document]:
@@ -108,6 +111,25 @@ def _read_python(file: SourceFile, source: Source) -> Iterator[Document]:
     yield Document(file.name, text)
 
 
+def _read_python_prose(file: SourceFile, source: Source) -> Iterator[Document]:
+    for document in _read_python(file, source):
+        try:
+            yield Document(document.key, "\n\n".join(prose(document.text)))
+        except (SyntaxError, ValueError) as error:
+            _log.warning("%s: skipped, not Python source of this interpreter (%s)", file.path, error)
+
+
+def _read_python_docstrings(file: SourceFile, source: Source) -> Iterator[Document]:
+    """Each docstring, with the package or module at the top of its file's path; equal ones never part."""
+    package = file.name.split("/")[0].removesuffix(".py")
+    for document in _read_python(file, source):
+        try:
+            for text in docstrings(document.text):
+                yield Document(text, text, package)
+        except (SyntaxError, ValueError) as error:
+            _log.warning("%s: skipped, not Python source of this interpreter (%s)", file.path, error)
+
+
 def _read_text(file: SourceFile, source: Source) -> Iterator[Document]:
     if source.config.split_by == "file":
         with file.open() as f:
@@ -136,8 +158,8 @@ def _read_text(file: SourceFile, source: Source) -> Iterator[Document]:
 def _read_jsonl(file: SourceFile, source: Source) -> Iterator[Document]:
     for number, line in _lines(file):
         if line.strip():
-            text = _json_text(line, source, f"{file.path}:{number}", "mend or delete the line")
-            yield Document(text, text)
+            text, label = _json_text(line, source, f"{file.path}:{number}", "mend or delete the line")
+            yield Document(text, text, label)
 
 
 def _read_parquet(file: SourceFile, source: Source) -> Iterator[Document]:
@@ -157,10 +179,14 @@ def _read_parquet(file: SourceFile, source: Source) -> Iterator[Document]:
             if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
                 message = f"{source.where}.text_field: column {column!r} of {file.path} holds {kind}, not strings"
                 raise UserError(f"{message}: name the column of the text")
-            for batch in table.iter_batches(batch_size=1024, columns=[column]):
-                for text in batch.column(0).to_pylist():
+            labelled = source.config.label_field in table.schema_arrow.names
+            columns = [column, source.config.label_field] if labelled else [column]
+            for batch in table.iter_batches(batch_size=1024, columns=columns):
+                texts = batch.column(column).to_pylist()
+                labels = batch.column(source.config.label_field).to_pylist() if labelled else [""] * len(texts)
+                for text, label in zip(texts, labels, strict=True):
                     if text is not None:  # a null is no document, as an empty string is none
-                        yield Document(text, text)
+                        yield Document(text, text, str(label))
         except (pa.ArrowException, UnicodeDecodeError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"{file.path}: not a whole Parquet file ({reason}): write or copy it again") from error
@@ -194,10 +220,11 @@ def _read_local_array_record(path: str, file: SourceFile, source: Source) -> Ite
                     text = record.decode()
                 except UnicodeDecodeError as error:
                     raise UserError(f"{place} is not UTF-8: write records as UTF-8 text or JSON") from error
+                label = ""
                 if source.config.text_field:
                     mend = f"write JSON objects, or set {source.where}.text_field='' if records are plain text"
-                    text = _json_text(text, source, place, mend)
-                yield Document(text, text)
+                    text, label = _json_text(text, source, place, mend)
+                yield Document(text, text, label)
     except (IndexError, RuntimeError) as error:
         raise UserError(f"{file.path}: cannot be read as ArrayRecord ({error}): write it again") from error
     finally:
@@ -222,8 +249,8 @@ def _lines(file: SourceFile) -> Iterator[tuple[int, str]]:
             yield number, text.rstrip("\r\n")
 
 
-def _json_text(record: str, source: Source, place: str, mend: str) -> str:
-    """The text field of one JSON object; ``place`` and ``mend`` make the message."""
+def _json_text(record: str, source: Source, place: str, mend: str) -> tuple[str, str]:
+    """Text and label of one JSON object, the label empty where it has none; ``place`` and ``mend`` make the message."""
     try:
         value: Any = json.loads(record)
     except (ValueError, RecursionError) as error:
@@ -241,12 +268,14 @@ def _json_text(record: str, source: Source, place: str, mend: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         raise UserError(f"{place}: {field!r} holds half of a surrogate pair (\\ud800..\\udfff): {mend}") from error
-    return text
+    return text, str(value.get(source.config.label_field, ""))
 
 
 _Reader = Callable[[SourceFile, Source], Iterator[Document]]
 _READERS: dict[str, tuple[tuple[str, ...], _Reader]] = {
     "python_source": ((".py",), _read_python),
+    "python_prose": ((".py",), _read_python_prose),
+    "python_docstrings": ((".py",), _read_python_docstrings),
     "text": (_TEXT_SUFFIXES, _read_text),
     "jsonl": ((".jsonl",), _read_jsonl),
     "parquet": ((".parquet",), _read_parquet),

@@ -15,6 +15,13 @@ END_OF_TEXT = "<|endoftext|>"
 # Tried in this order when no tokenizer_config.json says which token ends, or begins, a text.
 _KNOWN_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
 _KNOWN_BEGINNINGS = ("<|begin_of_text|>", "<s>", "<bos>", "[CLS]")
+# Role in an encoder's rows -> names, those of a tokenizer that is trained here first.
+_OF_ENCODERS = {
+    "pad": ("[PAD]", "<pad>"),
+    "cls": ("[CLS]", "<s>"),
+    "sep": ("[SEP]", "</s>"),
+    "mask": ("[MASK]", "<mask>"),
+}
 
 
 class Tokenizer:
@@ -61,25 +68,36 @@ class Tokenizer:
         self.fingerprint = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+    def train(cls, texts: Iterable[str], vocab_size: int, *, encoder: bool = False) -> "Tokenizer":
         """Trains byte-level BPE (Sennrich et al. 2016; bytes as in GPT-2, Radford et al. 2019). Deterministic.
 
         Args:
           texts: the sample; a merge needs at least two occurrences in it.
           vocab_size: most entries the vocabulary may get; a small sample may give fewer.
+          encoder: with the special tokens of an encoder's rows (``[CLS] A [SEP] B [SEP]``, ``[MASK]``, ``[PAD]``), not
+            the end-of-text token.
         """
+        roles = {role: names[0] for role, names in _OF_ENCODERS.items()} if encoder else {}
         model = tokenizers.Tokenizer(tokenizers.models.BPE())
         model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
         model.decoder = tokenizers.decoders.ByteLevel()
         trainer = tokenizers.trainers.BpeTrainer(
             vocab_size=vocab_size,
             min_frequency=2,
-            special_tokens=[END_OF_TEXT],
+            special_tokens=list(roles.values()) or [END_OF_TEXT],
             initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
         model.train_from_iterator(texts, trainer)
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT, "bos_token": END_OF_TEXT}
+        if encoder:
+            settings |= {"eos_token": roles["sep"], "bos_token": roles["cls"]}
+            settings |= {f"{role}_token": name for role, name in roles.items()}
+            model.post_processor = tokenizers.processors.TemplateProcessing(
+                single="[CLS] $A [SEP]",
+                pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+                special_tokens=[(roles[role], model.token_to_id(roles[role])) for role in ("cls", "sep")],
+            )
         return cls(model, settings)
 
     @classmethod
@@ -139,6 +157,30 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, as `encode` gives them, on all cores."""
         return [encoding.ids for encoding in self._literal.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_words(self, texts: Sequence[str]) -> list[tuple[list[int], list[bool]]]:
+        """Ids of each text, and which of them begin a word, by the tokenizer's own rule for words."""
+        encodings = self._literal.encode_batch(list(texts), add_special_tokens=False)
+        return [(e.ids, [a != b for a, b in zip(e.word_ids, [None, *e.word_ids], strict=False)]) for e in encodings]
+
+    def encoder_ids(self, where: str = "data.tokenizer") -> dict[str, int]:
+        """Ids of the special tokens of an encoder's rows: ``cls``, ``sep``, ``mask`` and ``pad``.
+
+        Raises:
+          UserError: the tokenizer has no such token; ``where`` names the field.
+        """
+        vocabulary = self._model.get_vocab(with_added_tokens=True)
+        ids = {}
+        for role, known in _OF_ENCODERS.items():
+            name = _named_token(self._settings, f"{role}_token", vocabulary, known)
+            if name is None:
+                raise UserError(f"{where}: has no {known[0]} token; masked tokens need an encoder's tokenizer (BERT's)")
+            ids[role] = vocabulary[name]
+        return ids
+
+    def special_ids(self) -> frozenset[int]:
+        """Ids of all tokens that are no text."""
+        return frozenset(id for id, token in self._model.get_added_tokens_decoder().items() if token.special)
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Text of ``ids``; bytes that are not UTF-8 (a character cut in half) become U+FFFD."""

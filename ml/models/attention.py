@@ -43,15 +43,17 @@ class AttentionStrategy(Protocol):
 
 @flax.struct.dataclass
 class SelfAttention:
-    """Causal attention within a batch of packed sequences: training, evaluation and prefill without a cache.
+    """Attention within a batch of packed sequences: training, evaluation and prefill without a cache.
 
     Attributes:
       segment_ids: documents packed in a row; ``None``: each row is one document.
       implementation: see `pallas_kernels.flash_attention`.
+      causal: a token sees what came before it in its document; otherwise (an encoder) all of its document.
     """
 
     segment_ids: Int[Array, "batch length"] | None = None
     implementation: Implementation = flax.struct.field(pytree_node=False, default="auto")
+    causal: bool = flax.struct.field(pytree_node=False, default=True)
 
     def attend(
         self, layer: AttentionLayer, query: jax.Array, key: jax.Array, value: jax.Array, state: Any
@@ -62,6 +64,7 @@ class SelfAttention:
             key,
             value,
             segment_ids=self.segment_ids,
+            causal=self.causal,
             window=layer.window,
             scale=layer.scale,
             softcap=layer.softcap,

@@ -1,4 +1,4 @@
-"""The architecture of a decoder-only transformer, as data: every supported family is a setting of these fields."""
+"""The architecture of a transformer, as data: every supported family is a setting of these fields."""
 
 import dataclasses
 from typing import Literal
@@ -71,8 +71,46 @@ class MoEConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+    """What makes a transformer a bidirectional encoder with BERT's embeddings and heads (Devlin et al. 2019).
+
+    Attributes:
+      token_types: kinds of segment (first or second sentence), each with an embedding.
+      num_classes: outputs of a classifier on the pooled first token, which stands in the place of the two heads of
+        pre-training (masked tokens, next sentence); 0: pre-training.
+    """
+
+    token_types: int = 2
+    num_classes: int = 0
+
+    def __post_init__(self):
+        if self.token_types < 1 or self.num_classes < 0:
+            raise ValueError(f"need token_types={self.token_types} >= 1 and num_classes={self.num_classes} >= 0")
+
+
+# What `ml.models.bert` has, and no other way.
+_OF_ENCODERS = {
+    "norm": "layer",
+    "position_embedding": "learned",
+    "gated_mlp": False,
+    "qkv_bias": True,
+    "out_bias": True,
+    "mlp_bias": True,
+    "tie_embeddings": True,
+    "norm_offset": False,
+    "post_norms": False,
+    "parallel_block": False,
+    "scale_embedding": False,
+    "qk_norm": False,
+    "sliding_window": None,
+    "final_softcap": None,
+    "moe": None,
+}
+
+
+@dataclasses.dataclass(frozen=True)
 class TransformerConfig:
-    """A decoder-only transformer.
+    """A decoder-only transformer, or with ``encoder`` a bidirectional one (`ml.models.bert`).
 
     Attributes:
       vocab_size: rows of the embedding.
@@ -104,7 +142,8 @@ class TransformerConfig:
       tie_embeddings: the unembedding is the transposed embedding.
       final_softcap: ``c tanh(x / c)`` on output logits.
       moe: replaces the dense MLP.
-      init_stddev: standard deviation of initial weights; residual outputs get ``/ sqrt(2 num_layers)``.
+      init_stddev: standard deviation of initial weights; residual outputs get ``/ sqrt(2 num_layers)`` in a decoder.
+      encoder: makes it a BERT: every token sees all of its row, and norms follow the residual sum (post-LN).
     """
 
     vocab_size: int
@@ -138,8 +177,13 @@ class TransformerConfig:
     final_softcap: float | None = None
     moe: MoEConfig | None = None
     init_stddev: float = 0.02
+    encoder: EncoderConfig | None = None
 
     def __post_init__(self):
+        if self.encoder is not None:
+            for name, value in _OF_ENCODERS.items():
+                if getattr(self, name) != value:
+                    raise ValueError(f"{name}={getattr(self, name)!r} is not what an encoder has: {value!r}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}; "

@@ -73,9 +73,11 @@ def parameter_count(config: TransformerConfig) -> ParameterCount:
         layer += c.embed_dim * c.moe.num_experts + c.moe.num_experts * expert
         layer += c.moe.num_experts if c.moe.bias_update_rate else 0
         idle = (c.moe.num_experts - c.moe.top_k) * expert
-    embedding = c.embed_dim * (c.vocab_size + (c.max_length if c.position_embedding == "learned" else 0))
+    rows = c.vocab_size + (c.max_length if c.position_embedding == "learned" else 0)
+    embedding = c.embed_dim * (rows + (c.encoder.token_types if c.encoder else 0))
     unembedding = 0 if c.tie_embeddings else c.embed_dim * c.vocab_size
-    total = c.num_layers * layer + embedding + norm + unembedding
+    # A decoder's last norm, an encoder's first.
+    total = c.num_layers * layer + embedding + norm + unembedding + _encoder_heads(c)
     return ParameterCount(total, total - c.num_layers * idle, embedding)
 
 
@@ -90,7 +92,7 @@ def visible_keys(length: int, window: int | None = None) -> float:
     return (window * (window + 1) / 2 + (length - window) * window) / length
 
 
-def forward_flops_per_token(config: TransformerConfig, length: int) -> float:
+def forward_flops_per_token(config: TransformerConfig, length: int, predictions: int | None = None) -> float:
     """Matrix-multiply FLOPs of the forward pass for one token, a multiplication and an addition counted as two.
 
     Attention counts only visible keys, a mixture of experts only the experts chosen and the router. Embedding lookups,
@@ -99,6 +101,7 @@ def forward_flops_per_token(config: TransformerConfig, length: int) -> float:
     Args:
       config: the architecture.
       length: tokens in one sequence; documents packed together count as one, an overestimate.
+      predictions: tokens of a sequence that have logits; ``None``: all.
     """
     c = config
     if c.moe is None:
@@ -106,17 +109,21 @@ def forward_flops_per_token(config: TransformerConfig, length: int) -> float:
     else:
         mlp = c.embed_dim * c.moe.num_experts + 3 * c.moe.top_k * c.embed_dim * c.moe.mlp_dim
     seen = sum(visible_keys(length, c.sliding_window if c.is_local(i) else None) for i in range(c.num_layers))
+    if c.encoder:
+        seen = c.num_layers * length
     attention = 2 * c.num_heads * c.head_dim * seen  # q k^T and weights v
-    return 2.0 * (c.num_layers * (_attention_kernels(c) + mlp) + attention + c.embed_dim * c.vocab_size)
+    share = 1.0 if predictions is None else min(predictions, length) / length
+    head = share * c.embed_dim * (c.vocab_size + (c.embed_dim if c.encoder else 0))
+    return 2.0 * (c.num_layers * (_attention_kernels(c) + mlp) + attention + head)
 
 
-def train_flops_per_token(config: TransformerConfig, length: int) -> float:
+def train_flops_per_token(config: TransformerConfig, length: int, predictions: int | None = None) -> float:
     """FLOPs of forward and backward for one token: three times `forward_flops_per_token`.
 
     Each product ``x w`` needs two of the same size in the backward pass. What rematerialization computes again is not
     counted: these are the model's FLOPs, those of MFU.
     """
-    return 3.0 * forward_flops_per_token(config, length)
+    return 3.0 * forward_flops_per_token(config, length, predictions)
 
 
 def activation_memory(
@@ -199,6 +206,16 @@ def device_model(config: TransformerConfig, degrees: Mapping[str, int]) -> Trans
     return dataclasses.replace(config, **changes)
 
 
+def _encoder_heads(c: TransformerConfig) -> int:
+    """Pooler and classifier, or pooler and the two heads of pre-training."""
+    if c.encoder is None:
+        return 0
+    dense = c.embed_dim * (c.embed_dim + 1)
+    if c.encoder.num_classes:
+        return dense + (c.embed_dim + 1) * c.encoder.num_classes
+    return 2 * dense + 2 * c.embed_dim + c.vocab_size + 2 * (c.embed_dim + 1)
+
+
 def _attention_kernels(c: TransformerConfig) -> int:
     return 2 * c.embed_dim * (c.num_heads + c.num_kv_heads) * c.head_dim
 
@@ -265,7 +282,8 @@ def _scores(c: TransformerConfig, length: int) -> float:
     local = all(c.is_local(i) for i in range(c.num_layers))
     window = c.sliding_window if local and c.sliding_window else length
     config = xla.XlaConfig()
-    blocks = xla.unrolled_blocks(config, Band(window - 1, 0), length, length)
+    band = Band(length - 1, length - 1) if c.encoder else Band(window - 1, 0)
+    blocks = xla.unrolled_blocks(config, band, length, length)
     if blocks is None:
         tile_q, tile_kv = config.tiles(length, length)
         return tile_q * tile_kv / length

@@ -1,4 +1,4 @@
-"""The layers of a decoder block: projection, norm, attention, MLP."""
+"""The layers of a block: projection, norm, attention, MLP."""
 
 from typing import Any
 
@@ -175,5 +175,8 @@ def activation(config: TransformerConfig) -> Any:
 
 
 def residual_stddev(config: TransformerConfig) -> float:
-    """Initial deviation of kernels that write to the residual stream, so that its variance is flat in depth (GPT-2)."""
-    return config.init_stddev / (2 * config.num_layers) ** 0.5
+    """Initial deviation of kernels that write to the residual stream, so that its variance is flat in depth (GPT-2).
+
+    An encoder's is flat without that: a norm follows each sum.
+    """
+    return config.init_stddev if config.encoder else config.init_stddev / (2 * config.num_layers) ** 0.5

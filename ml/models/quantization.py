@@ -5,9 +5,9 @@ from typing import Any
 
 import jax
 
+from ml.models.build import logical_axes
 from ml.models.config import TransformerConfig
 from ml.models.parameters import matrix_axes
-from ml.models.transformer import logical_axes
 from ml.weights import quantize
 
 

@@ -7,14 +7,15 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int
 
+from ml.errors import UserError
 from ml.models import rope
 from ml.models.attention import AttentionLayer, AttentionStrategy, SelfAttention
 from ml.models.config import RopeConfig, TransformerConfig
 from ml.models.layers import MLP, Attention, Projection, block_norm
 from ml.models.moe import MoE, MoEStats
-from ml.models.parameters import LogicalAxes, Placement, placed, unplaced, weight
+from ml.models.parameters import Placement, placed, unplaced, weight
 from ml.weights import dot, take
 
 # What the backward pass keeps of a block. Everything else is computed again.
@@ -82,6 +83,26 @@ class Block(nn.Module):
         return (x, state, balance), counts
 
 
+def scanned(block: type[nn.Module], remat: str, *, inputs: int) -> Any:
+    """``block`` stacked over layers: compiled once, its parameters with a leading axis ``layers``.
+
+    Args:
+      block: called with (carry, what differs by layer, ``inputs`` values that do not); returns (carry, output).
+      remat: key of `REMAT_POLICIES`.
+      inputs: how many.
+    """
+    if remat != "none":
+        block = nn.remat(block, policy=REMAT_POLICIES[remat], prevent_cse=False)  # type: ignore[assignment]
+    return nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=(0, *[nn.broadcast] * inputs),
+        check_constancy_invariants=False,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+
+
 class Transformer(nn.Module):
     """A decoder-only transformer whose way to attend is an argument.
 
@@ -99,20 +120,12 @@ class Transformer(nn.Module):
 
     def setup(self):
         c = self.config
-        self.embed = _Table(c.vocab_size, c, "vocab")
+        if c.encoder is not None:
+            raise UserError("this model is an encoder (BERT), which writes no text; give a decoder-only model")
+        self.embed = Table(c.vocab_size, c, "vocab")
         if c.position_embedding == "learned":
-            self.position = _Table(c.max_length, c, "position")
-        block = Block
-        if self.remat != "none":
-            block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)  # type: ignore[assignment]
-        self.layers = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
-            check_constancy_invariants=False,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c, self.place)
+            self.position = Table(c.max_length, c, "position")
+        self.layers = scanned(Block, self.remat, inputs=3)(c, self.place)
         self.final_norm = block_norm(c)
         if not c.tie_embeddings:
             self.unembed = Projection(
@@ -216,8 +229,8 @@ class Transformer(nn.Module):
         return self.logits(self(tokens, *args, **kwargs)[0])
 
 
-class _Table(nn.Module):
-    """An embedding table."""
+class Table(nn.Module):
+    """An embedding table of ``rows``, which are along the logical axis ``axis``."""
 
     rows: int
     config: TransformerConfig
@@ -225,32 +238,9 @@ class _Table(nn.Module):
 
     @nn.compact
     def __call__(self) -> Any:
+        """The table itself, for `ml.weights.take` and `ml.weights.dot`."""
         init = nn.initializers.normal(self.config.init_stddev)
         return weight(self, "embedding", init, (self.rows, self.config.embed_dim), (self.axis, "embed"))
-
-
-def init_params(model: Transformer, key: jax.Array) -> PyTree:
-    """Random float32 parameters, unboxed. Jit it with ``out_shardings`` to create shards only."""
-    return nn.meta.unbox(_init(model, key))
-
-
-def logical_axes(config: TransformerConfig) -> PyTree[tuple[str, ...]]:
-    """The logical axis names of every parameter: a tree like ``params`` whose leaves are tuples of names."""
-    boxed = jax.eval_shape(lambda: _init(Transformer(config), jax.random.key(0)))
-    return jax.tree.map(lambda box: box.names, boxed, is_leaf=lambda x: isinstance(x, LogicalAxes))
-
-
-def head_params(config: TransformerConfig, params: dict[str, Any]) -> dict[str, Any]:
-    """The part of ``params`` that `Transformer.logits` reads."""
-    name = "embed" if config.tie_embeddings else "unembed"
-    return {name: params[name]}
-
-
-def _init(model: Transformer, key: jax.Array) -> PyTree:
-    # Off any mesh and at length 1: shapes of parameters do not depend on the input.
-    bare = model.clone(place=unplaced)
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    return bare.init(key, tokens, SelfAttention(implementation="xla"), method="forward")["params"]
 
 
 def _window(config: TransformerConfig, local: jax.Array) -> int | jax.Array | None:

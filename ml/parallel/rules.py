@@ -56,6 +56,9 @@ _TABLE: Mapping[str, tuple[str, ...]] = {
     "vocab": ("tensor",),
     "norm": (),
     "position": (),
+    "token_type": (),
+    "features": (),  # between the layers of an encoder's heads
+    "classes": (),
     "layers": ("stage",),
     "expert": ("expert",),
     "expert_logits": (),

@@ -141,7 +141,7 @@ def _target_batch(
     config: ExperimentConfig, tokens: int, law: Estimate, noise: NoiseScale | None, global_batch: int | None
 ) -> tuple[float, str, tuple[float, float] | None, list[str]]:
     """Tokens, where they come from, bounds, notes. The law where it holds, else what was measured, else the law."""
-    notes = []
+    notes: list[str] = []
     by_law = f"Step Law, 0.58 D^0.571 = {_short(law.value)} tokens"
     if global_batch is not None:
         if law.outside:

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 
-from ml.models.cost import train_flops_per_token, visible_keys
+from ml.models.cost import visible_keys
 from ml.parallel import LAYOUTS, Rules
 from ml.plan.links import bandwidth, grid
 from ml.plan.memory import MemoryModel
@@ -104,10 +104,11 @@ class LatencyModel:
     def _compute(self, config: ExperimentConfig) -> float:
         c, length = config.model, config.data.sequence_length
         tokens = config.train.batch_size * length
-        flops = train_flops_per_token(c, length)
+        flops = config.flops_per_token
         # The kernels' backward pass multiplies once more than two products each: their scores are computed again.
-        attention = 2.0 * 2 * c.num_heads * c.head_dim * c.num_layers * visible_keys(length, c.sliding_window)
-        unembedding = 2.0 * c.embed_dim * c.vocab_size
+        seen = length if c.encoder else visible_keys(length, c.sliding_window)
+        attention = 2.0 * 2 * c.num_heads * c.head_dim * c.num_layers * seen
+        unembedding = 2.0 * c.embed_dim * c.vocab_size * config.data.predictions / length
         again = {"none": 0.0, "dots": 0.0, "dots_no_batch": attention}.get(
             config.train.remat, _FORWARD * flops - unembedding
         )

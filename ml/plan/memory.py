@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
-from ml.models import Transformer, init_params, logical_axes
+from ml.models import init_params, logical_axes, module_of
 from ml.parallel import AXES, LAYOUTS, Rules
 from ml.parallel.rules import Kind
 from ml.train.config import ExperimentConfig
@@ -67,7 +67,7 @@ class MemoryModel:
 
     def __init__(self, config: ExperimentConfig):
         self._model = config.model
-        model = Transformer(config.model)
+        model = module_of(config.model)
         shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
         axes = logical_axes(config.model)
         named = jax.tree.leaves_with_path(axes, is_leaf=lambda node: isinstance(node, tuple))

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from ml.errors import UserError
-from ml.models.cost import train_flops_per_token
 from ml.parallel import AXES, Rules
 from ml.plan.latency import Latency, LatencyModel
 from ml.plan.memory import Memory, MemoryModel, abstract_rules
@@ -56,7 +55,7 @@ def search(config: ExperimentConfig, topology: Topology, *, efficiency: float = 
     model = MemoryModel(config)
     latency = LatencyModel(topology, model, efficiency)
     tokens = config.train.batch_size * config.data.sequence_length
-    flops = train_flops_per_token(config.model, config.data.sequence_length) * tokens / topology.device_count
+    flops = config.flops_per_token * tokens / topology.device_count
     plans, tightest = [], math.inf
     for degrees, layout in _meshes(config, topology):
         rules = abstract_rules(tuple(degrees[axis] for axis in AXES), layout)
@@ -113,6 +112,8 @@ def _meshes(config: ExperimentConfig, topology: Topology) -> Iterator[tuple[dict
 
 def _divides(config: ExperimentConfig, model: MemoryModel, rules: Rules, degrees: dict[str, int]) -> bool:
     length = config.data.sequence_length
+    if config.model.encoder is not None and degrees["stage"] * degrees["sequence"] > 1:
+        return False
     if length % (2 * degrees["sequence"] if degrees["sequence"] > 1 else 1):
         return False
     try:

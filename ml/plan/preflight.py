@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 
-from ml.models.cost import train_flops_per_token
 from ml.parallel import AXES
 from ml.plan.collectives import Collective, collectives
 from ml.plan.flops import computed_flops
@@ -97,7 +96,7 @@ def preflight(config: ExperimentConfig, topology: Topology) -> Report:
         memory=memory,
         collectives=sent,
         flops={
-            "model": train_flops_per_token(config.model, config.data.sequence_length) * tokens / topology.device_count,
+            "model": config.flops_per_token * tokens / topology.device_count,
             "computed": computed / topology.device_count,
         },
         roofline=line,

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import optax
 
-from ml.data.rows import empty_batch
-from ml.models import Transformer
+from ml.data import padding
+from ml.models import Model
 from ml.parallel import Rules
 from ml.train.config import ExperimentConfig
 from ml.train.setup import check_fit, make_model, optimizer_of
@@ -30,7 +30,7 @@ class Program:
 
     config: ExperimentConfig
     rules: Rules
-    model: Transformer
+    model: Model
     tx: optax.GradientTransformation
     schedule: optax.Schedule
     state: TrainState
@@ -75,7 +75,10 @@ def assemble(config: ExperimentConfig, devices: Sequence[Any] | None = None) -> 
 def abstract_batch(config: ExperimentConfig, rules: Rules) -> dict[str, Any]:
     """What `ml.parallel.place_batch` makes of a batch of `ml.data`, as shapes and placements."""
     train = config.train
-    shape = (train.microbatches, train.batch_size // train.microbatches, config.data.sequence_length)
+    shape = (train.microbatches, train.batch_size // train.microbatches)
     sharding = rules.sharding(None, "batch", "length")
-    arrays = empty_batch(1, 1)
-    return {name: jax.ShapeDtypeStruct(shape, array.dtype, sharding=sharding) for name, array in arrays.items()}
+
+    def abstract(array: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((*shape, *array.shape[1:]), array.dtype, sharding=sharding)
+
+    return {name: abstract(array) for name, array in padding(config.data, 1).items()}

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Mapping
 
-from ml.models.cost import train_flops_per_token
 from ml.parallel import Rules
 from ml.plan.memory import MemoryModel
 from ml.plan.topology import Topology
@@ -80,7 +79,7 @@ def roofline(
         compute=computed_flops / devices / peak,
         memory=memory_bytes / chip.memory_bandwidth,
         network=network,
-        model_flops=train_flops_per_token(config.model, config.data.sequence_length) * tokens / devices,
+        model_flops=config.flops_per_token * tokens / devices,
         peak_flops=peak,
     )
 

@@ -40,6 +40,6 @@ def byte_rows(
             break
     else:
         raise UserError(f"this Python's standard library is {max(missing.values()):,} bytes too short for the study")
-    train, heldout = (np.frombuffer(b"".join(texts[side]), np.uint8)[: wanted[side]] for side in (False, True))
-    train, heldout = (np.minimum(side, VOCAB_SIZE - 1).astype(np.int32) for side in (train, heldout))
+    sides = (np.frombuffer(b"".join(texts[side]), np.uint8)[: wanted[side]] for side in (False, True))
+    train, heldout = (np.minimum(side, VOCAB_SIZE - 1).astype(np.int32) for side in sides)
     return train.reshape(rows, length + 1), heldout.reshape(heldout_rows, length + 1)

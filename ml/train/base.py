@@ -9,8 +9,13 @@ from ml.optim import OptimizerConfig
 from ml.train.config import ExperimentConfig
 
 
-def base(model: TransformerConfig) -> ConfigDict:
-    """A complete experiment for ``model``: LAMB, linear warm-up and decay, the standard library's source as text."""
+def base(model: TransformerConfig, data: DataConfig | None = None) -> ConfigDict:
+    """A complete experiment for ``model``: LAMB, linear warm-up and decay, the standard library's source as text.
+
+    Args:
+      model: the architecture.
+      data: ``None``: as much of the default source in a row as the model takes.
+    """
     optimizer = OptimizerConfig(name="lamb", learning_rate=0.01, weight_decay=0.01, clip_norm=1.0)
-    data = DataConfig(sequence_length=model.max_length)
+    data = DataConfig(sequence_length=model.max_length) if data is None else data
     return ConfigDict(to_dict(ExperimentConfig(model=model, data=data, optimizer=optimizer)))

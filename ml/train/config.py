@@ -7,6 +7,7 @@ from ml.checkpoint import CheckpointConfig
 from ml.data import DataConfig
 from ml.errors import UserError
 from ml.models import TransformerConfig
+from ml.models.cost import train_flops_per_token
 from ml.optim import OptimizerConfig, ScheduleConfig
 from ml.parallel import HealthConfig, MeshConfig
 from pallas_kernels.flash_attention import Implementation
@@ -29,6 +30,7 @@ class TrainConfig:
       context: how tokens attend over a sequence that ``config.mesh.sequence`` cuts: keys and values go round
         (``ring``), or heads are exchanged for tokens (``ulysses``).
       loss_chunk: tokens of a row whose logits exist at one time; 0: all.
+      dropout: of an encoder's hidden states (0.1 in BERT's recipe).
       z_loss: weight of ``log(Z)^2``, which keeps the softmax normalizer near one (PaLM, section 5).
       ema: decay of an exponential moving average of the parameters, used for evaluation; 0: none is kept.
       noise_scale: measure the gradient's noise scale, which is about the largest batch worth training with
@@ -53,6 +55,7 @@ class TrainConfig:
     attention: Implementation = "auto"
     context: Literal["ring", "ulysses"] = "ring"
     loss_chunk: int = 0
+    dropout: float = 0.0
     z_loss: float = 0.0
     ema: float = 0.0
     noise_scale: bool = False
@@ -68,8 +71,9 @@ class TrainConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.batch_size % self.microbatches:
             raise ValueError(f"microbatches={self.microbatches} does not divide batch_size={self.batch_size}")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema={self.ema} must lie in [0, 1)")
+        for name in ("ema", "dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +110,24 @@ class ExperimentConfig:
     health: HealthConfig = HealthConfig()
     seed: int = 0
 
+    @property
+    def flops_per_token(self) -> float:
+        """FLOPs of the model, forward and backward, for each token of a full row."""
+        return train_flops_per_token(self.model, self.data.sequence_length, self.data.predictions)
+
     def __post_init__(self):
+        encoder = self.model.encoder
+        if (encoder is not None) != self.data.for_encoder:
+            mend = "an encoder: set one of" if encoder else "no encoder: unset"
+            raise UserError(f"config.model is {mend} config.data.masked (pairs of sentences) and config.data.labelled")
+        if encoder is None and self.train.dropout:
+            raise UserError(f"config.train.dropout={self.train.dropout} is for encoders only; set it to 0")
+        labels = len(self.data.labelled.labels) if self.data.labelled else 0
+        if encoder is not None and encoder.num_classes != labels:
+            raise UserError(
+                f"config.model.encoder.num_classes={encoder.num_classes}, but config.data.labelled has {labels} "
+                "labels; make them equal (0 for pre-training)"
+            )
         if self.data.sequence_length > self.model.max_length:
             raise UserError(
                 f"config.data.sequence_length={self.data.sequence_length} is longer than the model's "

@@ -3,17 +3,17 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ml.models import Transformer
+from ml.models import Model, Transformer
 from ml.parallel import Rules, loader_share, place_batch
 from ml.train.config import TrainConfig
-from ml.train.objective import make_loss
+from ml.train.objective import make_objective
 from ml.train.pipeline import pipelined_loss
 
 
@@ -24,43 +24,56 @@ class HeldoutLoss:
     Attributes:
       nats: cross-entropy, summed over all targets.
       tokens: number of targets.
+      more: what else the objective reports, averaged: of an encoder ``accuracy`` and the next sentence's figures.
     """
 
     nats: float
     tokens: int
+    more: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def per_token(self) -> float:
         """Nats per token."""
         return self.nats / max(self.tokens, 1)
 
+    @property
+    def scalars(self) -> dict[str, float]:
+        """All of it by name, averaged."""
+        return {"loss": self.per_token, **self.more}
+
     def bits_per_byte(self, text_bytes: int) -> float:
         """Bits per byte, if the targets cover a text of ``text_bytes`` exactly once; comparable to a compressor's."""
         return self.nats / math.log(2) / text_bytes
 
 
-def make_evaluate(model: Transformer, config: TrainConfig, rules: Rules) -> Callable[..., HeldoutLoss]:
+def make_evaluate(model: Model, config: TrainConfig, rules: Rules) -> Callable[..., HeldoutLoss]:
     """Returns ``(params, batches, limit=None) -> HeldoutLoss`` over the first ``limit`` batches (``None``: all)."""
     config = dataclasses.replace(config, z_loss=0.0)
     staged = rules.mesh.shape["stage"] > 1
-    loss = pipelined_loss(model, config, rules) if staged else make_loss(model, config, rules)
+    objective = make_objective(model, config, rules)
+    # How evenly experts are used is a matter of training.
+    names = [name for name in objective.masks if name != "balance"]
+    masks = sorted(set(objective.masks.values()))
+    loss = pipelined_loss(model, config, rules) if staged and isinstance(model, Transformer) else objective.loss
 
     @jax.jit
     def accumulate(total, params, batch):
         _, metrics = loss(params, batch if staged else jax.tree.map(lambda x: x[0], batch))
-        return total + jnp.stack([metrics["loss"], batch["loss_mask"].sum()])
+        return total + jnp.stack([*(metrics[name] for name in names), *(batch[mask].sum() for mask in masks)])
 
     def evaluate(params, batches, limit=None):
-        nats, tokens = 0.0, 0
+        sums = np.zeros(len(names) + len(masks))
         for group in _groups(batches, limit):
             # float32 sums of a few batches on the device, float64 beyond: a long text must not lose its last digits.
-            zeros = np.zeros(2, np.float32)
+            zeros = np.zeros(len(sums), np.float32)
             total = jax.make_array_from_callback(zeros.shape, rules.sharding(None), zeros.__getitem__)
             for batch in group:
                 total = accumulate(total, params, place_batch(batch, rules, _parts(batch, rules)))
-            part = jax.device_get(total)
-            nats, tokens = nats + float(part[0]), tokens + round(float(part[1]))
-        return HeldoutLoss(nats, tokens)
+            sums += jax.device_get(total)
+        counts = dict(zip(masks, sums[len(names) :].tolist(), strict=True))
+        totals = dict(zip(names, sums.tolist(), strict=False))
+        more = {name: total / max(counts[objective.masks[name]], 1) for name, total in totals.items() if name != "loss"}
+        return HeldoutLoss(totals["loss"], round(counts["loss_mask"]), more)
 
     return evaluate
 

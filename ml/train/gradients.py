@@ -1,23 +1,24 @@
 """How the gradient of a whole batch comes to be: microbatch by microbatch, each layout in its way."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Int, PyTree
 
-from ml.models import Transformer, logical_axes
+from ml.models import Model, Transformer, logical_axes
 from ml.parallel import LAYOUTS, Rules
 from ml.train import noise_scale
 from ml.train.config import TrainConfig
-from ml.train.objective import Batch, Metrics, make_loss
+from ml.train.objective import Batch, Metrics, make_objective
 from ml.train.pipeline import pipelined_value_and_grad
 from ml.weights import Gathered
 
 
 def make_gradients(
-    model: Transformer, config: TrainConfig, rules: Rules | None
+    model: Model, config: TrainConfig, rules: Rules | None
 ) -> Callable[[PyTree, Batch], tuple[PyTree, Metrics, Int[Array, "layers experts"], Metrics]]:
     """Returns ``(params, batch [microbatches, rows, length]) -> (gradients, metrics, expert counts, noise)``.
 
@@ -32,12 +33,13 @@ def make_gradients(
       rules: the layout; ``None``: off any mesh.
     """
     if rules is not None and rules.mesh.shape["stage"] > 1:
+        assert isinstance(model, Transformer)  # `check_fit` refuses encoders
         return _through_stages(model, config, rules)
-    loss, moe = make_loss(model, config, rules), model.config.moe
+    objective_of, moe = make_objective(model, config, rules), model.config.moe
 
     def gradients(params, batch):
         variables, constants = _differentiated(params, model, rules)
-        grad_of = jax.value_and_grad(lambda v, *rest: loss(_weights(v, constants), *rest), has_aux=True)
+        grad_of = jax.value_and_grad(lambda v, *rest: objective_of.loss(_weights(v, constants), *rest), has_aux=True)
 
         def of_microbatch(microbatch, expert_counts):
             (objective, metrics), grads = grad_of(variables, microbatch, expert_counts)
@@ -52,7 +54,7 @@ def make_gradients(
         if batch["tokens"].shape[0] == 1:  # there is nothing to add up, and no second copy of the gradient
             grads, metrics = of_microbatch(jax.tree.map(lambda x: x[0], batch), no_counts)
         else:
-            scalars = dict.fromkeys(("loss", "balance", "objective"), jnp.zeros((), jnp.float32))
+            scalars: dict[str, Any] = dict.fromkeys((*objective_of.masks, "objective"), jnp.zeros((), jnp.float32))
             if config.noise_scale:
                 scalars["squares"] = noise_scale.no_squares(variables)
             start = jax.tree.map(_zero_gradient, variables), scalars | {"expert_counts": no_counts}
@@ -78,7 +80,7 @@ def _through_stages(model: Transformer, config: TrainConfig, rules: Rules):
     return gradients
 
 
-def _differentiated(params: PyTree, model: Transformer, rules: Rules | None) -> tuple[PyTree, PyTree]:
+def _differentiated(params: PyTree, model: Model, rules: Rules | None) -> tuple[PyTree, PyTree]:
     """What the loss is differentiated by, and constants, from which `_weights` makes what the layers read.
 
     Where the layers read what the state keeps, that is the parameters themselves. Otherwise one copy in the type of

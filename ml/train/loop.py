@@ -9,7 +9,7 @@ import jax
 
 from ml.checkpoint import Checkpointer
 from ml.data import Prepared
-from ml.models.cost import parameter_count, train_flops_per_token
+from ml.models.cost import parameter_count
 from ml.parallel import place_batch
 from ml.parallel.processes import Agreement, Watch
 from ml.train.config import ExperimentConfig
@@ -80,7 +80,7 @@ def train(config: ExperimentConfig, path: str | os.PathLike[str], watch: Watch |
     mesh, steps = parts.rules.mesh, config.train.steps
     peak = peak_flops(mesh.devices.flat[0].device_kind, parts.model.dtype)
     peak = peak and peak * mesh.size
-    flops = train_flops_per_token(config.model, config.data.sequence_length)
+    flops = config.flops_per_token
     memory, seconds, evaluating, stop = None, 0.0, 0.0, 0
 
     with (
@@ -139,7 +139,7 @@ def train(config: ExperimentConfig, path: str | os.PathLike[str], watch: Watch |
                     if config.eval.every and step % config.eval.every == 0 and parts.prepared.heldout_rows:
                         batches = watch.over(parts.heldout, "evaluating")
                         loss = parts.evaluate(parts.params_to_evaluate(state), batches, config.eval.batches)
-                        more["eval_loss"] = loss.per_token
+                        more = {f"eval_{name}": value for name, value in loss.scalars.items()}
                     recorder.finish(pending, more)
                     pending = None
                     watch.at("saving")

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from ml.weights.shards import gathered, held_axes, mesh_axes, scattered
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 5, 6, 7))
 def chunked_loss(
     logits_of: Callable[[Any, jax.Array], jax.Array],
     head: Any,
@@ -22,7 +22,8 @@ def chunked_loss(
     mask: Float[Array, "batch length"],
     z_loss: float,
     chunk: int,
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    count_correct: bool = False,
+) -> tuple[Float[Array, ""], Any]:
     """Sums the loss over counted tokens, ``chunk`` positions at a time.
 
     The gradient with respect to ``head`` and ``hidden`` is computed chunk by chunk in the forward pass, while the
@@ -37,35 +38,34 @@ def chunked_loss(
       mask: weight of each target, usually 0 or 1.
       z_loss: weight of ``log(Z)^2``.
       chunk: positions at a time; 0: all.
+      count_correct: also report how many targets have the largest logit.
 
     Returns:
-      The objective (cross-entropy plus z-loss) and the cross-entropy alone, both in nats and summed over tokens. Only
-      the objective has a gradient.
+      The objective (cross-entropy plus z-loss) and the cross-entropy alone, both in nats and summed over tokens; with
+      ``count_correct`` the pair of the cross-entropy and that count. Only the objective has a gradient.
     """
     chunks = _Chunks(hidden, chunk)
 
     def add(totals: Any, start: Any, size: int) -> Any:
         h, t, m = (chunks.take(x, start, size) for x in (hidden, targets, mask))
-        part = _sum(logits_of(head, h), t, m, z_loss)
+        part = _sum(logits_of(head, h), t, m, z_loss, count_correct)
         return part if totals is None else jax.tree.map(jnp.add, totals, part)
 
     return chunks.fold(add)
 
 
-def _forward(logits_of, head, hidden, targets, mask, z_loss, chunk):
+def _forward(logits_of, head, hidden, targets, mask, z_loss, chunk, count_correct):
     chunks, whole_head = _Chunks(hidden, chunk), _gathered(head, hidden)
 
     def chunk_loss(head, h, t, m):
-        return _sum(logits_of(head, h), t, m, z_loss)
+        return _sum(logits_of(head, h), t, m, z_loss, count_correct)
 
     def add(sums, start, size):
         h, t, m = (chunks.take(x, start, size) for x in (hidden, targets, mask))
-        objective, pullback, cross_entropy = jax.vjp(
-            functools.partial(chunk_loss, t=t, m=m), whole_head, h, has_aux=True
-        )
+        objective, pullback, report = jax.vjp(functools.partial(chunk_loss, t=t, m=m), whole_head, h, has_aux=True)
         head_grad, part = pullback(jnp.ones_like(objective))
         head_grad = jax.tree.map(scattered, head_grad, head)
-        new = ((objective, cross_entropy), head_grad)
+        new = ((objective, report), head_grad)
         if sums is None:
             return new, chunks.put(jnp.zeros_like(hidden), part, start)
         return jax.tree.map(jnp.add, sums[0], new), chunks.put(sums[1], part, start)
@@ -74,9 +74,9 @@ def _forward(logits_of, head, hidden, targets, mask, z_loss, chunk):
     return totals, (head_grad, hidden_grad)
 
 
-def _backward(logits_of, z_loss, chunk, saved, cotangents):
+def _backward(logits_of, z_loss, chunk, count_correct, saved, cotangents):
     head_grad, hidden_grad = saved
-    scale = cotangents[0]  # of the objective; the cross-entropy is a report
+    scale = cotangents[0]  # of the objective; what stands beside it is a report
     scaled = jax.tree.map(lambda g: (g * _beside(g, scale)).astype(g.dtype), (head_grad, hidden_grad))
     return (*scaled, None, None)
 
@@ -148,13 +148,14 @@ def _gathered(head: Any, hidden: jax.Array) -> Any:
     return jax.tree.map(gather, head, is_leaf=lambda node: not isinstance(node, dict))
 
 
-def _sum(logits, targets, mask, z_loss):
-    """Objective and cross-entropy of some positions, in nats."""
+def _sum(logits, targets, mask, z_loss, count_correct):
+    """Objective and cross-entropy of some positions, in nats; see `chunked_loss`."""
     logits = logits.astype(jnp.float32)
     log_z = jax.nn.logsumexp(logits, axis=-1)
     # A masked sum, not a gather: it fuses, its gradient is no scatter, and it works on a sharded vocabulary.
     at_target = jnp.where(jnp.arange(logits.shape[-1]) == targets[..., None], logits, 0).sum(axis=-1)
     cross_entropy = jnp.sum((log_z - at_target) * mask)
-    if not z_loss:
-        return cross_entropy, cross_entropy
-    return cross_entropy + z_loss * jnp.sum(jnp.square(log_z) * mask), cross_entropy
+    objective = cross_entropy + z_loss * jnp.sum(jnp.square(log_z) * mask) if z_loss else cross_entropy
+    if not count_correct:
+        return objective, cross_entropy
+    return objective, (cross_entropy, jnp.sum((at_target >= logits.max(axis=-1)) * mask))

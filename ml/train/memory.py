@@ -72,6 +72,7 @@ def predicted_activations(config: ExperimentConfig, degrees: Mapping[str, int], 
     rows = train.batch_size // (train.microbatches * degrees["data"] * degrees["fsdp"] * degrees["expert"])
     length = config.data.sequence_length // degrees["sequence"]
     blocked = train.attention in ("xla", "reference") or (train.attention == "auto" and jnp.dtype(dtype).itemsize == 4)
+    outputs = min(config.data.predictions, length)
     held = activation_memory(
         device_model(config.model, degrees),
         batch=rows,
@@ -79,7 +80,7 @@ def predicted_activations(config: ExperimentConfig, degrees: Mapping[str, int], 
         remat=train.remat,
         dtype=dtype,
         attention="xla" if blocked else "kernel",
-        logit_tokens=rows * min(train.loss_chunk or length, length),
+        logit_tokens=rows * min(train.loss_chunk or outputs, outputs),
         expert_degree=degrees["expert"],
     )
     in_flight = 1

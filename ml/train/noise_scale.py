@@ -12,7 +12,8 @@ tokens, ``T = sum n_i`` and ``A = |sum s_i|^2``, then, without bias and for equa
     tr(Sigma) = (sum |s_i|^2 / n_i - A / T) / (k - 1),  |G|^2 = A / T^2 - tr(Sigma) / T.
 
 ``Sigma`` is that of whole sequences, spread over their tokens, since parts consist of whole sequences. The loss that
-evens out the load of experts is not a mean over tokens; its small share of a gradient is taken as if it were.
+evens out the load of experts is not a mean over tokens; its small share of a gradient is taken as if it were. Tokens
+are those that the loss counts: of an encoder in pre-training the masked ones.
 """
 
 import dataclasses

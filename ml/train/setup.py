@@ -13,7 +13,7 @@ from ml.checkpoint.pretrained import leaf_path, load_model, load_model_config
 from ml.config import to_dict
 from ml.data import HeldoutBatches, Loader, Prepared, check_vocab, heldout_batches, make_loader, prepare
 from ml.errors import UserError
-from ml.models import MoEConfig, Transformer, TransformerConfig, init_params, logical_axes
+from ml.models import Model, MoEConfig, TransformerConfig, init_params, logical_axes, module_of
 from ml.models.moe import check_experts
 from ml.optim import eval_params, make_optimizer
 from ml.parallel import Rules, loader_share
@@ -32,7 +32,7 @@ class Parts:
 
     config: ExperimentConfig
     rules: Rules
-    model: Transformer
+    model: Model
     tx: optax.GradientTransformation
     schedule: optax.Schedule
     prepared: Prepared
@@ -100,6 +100,8 @@ def check_fit(config: ExperimentConfig, rules: Rules) -> None:
             f"{rules.batch_shards} batch shards of the mesh; use a multiple of {parts}"
         )
     check_noise_scale(train, rules)
+    if config.model.encoder is not None and (axis := next((a for a in ("stage", "sequence") if shape[a] > 1), None)):
+        raise UserError(f"config.mesh.{axis}={shape[axis]} cuts no encoder; use data, fsdp and tensor instead")
     check_length(config.data.sequence_length, shape["sequence"], rules.sequence_order)
     check_experts(config.model, shape)
     if shape["stage"] > 1:
@@ -109,7 +111,7 @@ def check_fit(config: ExperimentConfig, rules: Rules) -> None:
             chunks=train.pipeline_chunks,
             microbatches=train.microbatches,
         )
-    shapes = jax.eval_shape(lambda: init_params(Transformer(config.model), jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: init_params(module_of(config.model), jax.random.key(0)))
     rules.shardings(logical_axes(config.model), shapes)
 
 
@@ -124,12 +126,13 @@ def optimizer_of(config: ExperimentConfig) -> tuple[optax.GradientTransformation
     )
 
 
-def make_model(config: ExperimentConfig, rules: Rules) -> Transformer:
+def make_model(config: ExperimentConfig, rules: Rules) -> Model:
     """The model on the mesh, in the dtype that suits its devices."""
     dtype = config.train.dtype
     if dtype == "auto":
         dtype = "float32" if rules.mesh.devices.flat[0].platform == "cpu" else "bfloat16"
-    return Transformer(config.model, dtype=jnp.dtype(dtype), remat=config.train.remat, place=rules.spec)
+    only = {} if config.model.encoder is None else {"dropout": config.train.dropout}
+    return module_of(config.model, dtype=jnp.dtype(dtype), remat=config.train.remat, place=rules.spec, **only)
 
 
 def make_state(parts: Parts, checkpointer: Checkpointer) -> tuple[TrainState, dict[str, Any]]:
@@ -164,15 +167,41 @@ def _pretrained(parts: Parts) -> Any:
     source, config = parts.config.train.init_from, parts.config
     if not config.data.tokenizer.path:
         raise UserError(f"config.train.init_from={source} needs its own tokenizer: set config.data.tokenizer.path too")
-    _check_same_model(load_model_config(source), config.model, source)
-    shapes = jax.eval_shape(lambda: init_params(parts.model, jax.random.key(0)))
-    shardings = parts.rules.shardings(logical_axes(config.model), shapes)
+    found = load_model_config(source)
+    _check_same_model(found, config.model, source)
+    donor = module_of(found)
+    shapes = jax.eval_shape(lambda: init_params(donor, jax.random.key(0)))
+    shardings = parts.rules.shardings(logical_axes(found), shapes)
     by_path = {leaf_path(keys): leaf for keys, leaf in jax.tree.leaves_with_path(shardings)}
-    return load_model(source, dtype=jnp.float32, sharding=by_path.__getitem__)[1]
+    params = load_model(source, dtype=jnp.float32, sharding=by_path.__getitem__)[1]
+    return params if found.encoder == config.model.encoder else _with_new_heads(params, parts)
+
+
+def _with_new_heads(params: dict[str, Any], parts: Parts) -> dict[str, Any]:
+    """An encoder's parameters below its heads, with random heads such as its task now has."""
+    shapes = jax.eval_shape(lambda: init_params(parts.model, jax.random.key(0)))
+    shardings = parts.rules.shardings(logical_axes(parts.config.model), shapes)
+    new = [name for name in shapes if name not in params or not _alike(params[name], shapes[name])]
+
+    def create(key: jax.Array) -> Any:
+        made = init_params(parts.model, key)
+        return {name: made[name] for name in new}
+
+    heads = jax.jit(create, out_shardings={name: shardings[name] for name in new})(jax.random.key(parts.config.seed))
+    return {name: heads[name] if name in new else params[name] for name in shapes}
+
+
+def _alike(left: Any, right: Any) -> bool:
+    one, other = (jax.tree.map(lambda x: tuple(x.shape), tree) for tree in (left, right))
+    return one == other
 
 
 def _check_same_model(found: TransformerConfig, wanted: TransformerConfig, source: str) -> None:
     harmless = {"init_stddev"} if wanted.position_embedding == "learned" else {"init_stddev", "max_length"}
+    if found.encoder and wanted.encoder:  # heads are made anew for another task
+        found = dataclasses.replace(
+            found, encoder=dataclasses.replace(found.encoder, num_classes=wanted.encoder.num_classes)
+        )
     left, right = to_dict(found), to_dict(wanted)
     for name in left:
         if getattr(_untrained(found), name) != getattr(_untrained(wanted), name) and name not in harmless:

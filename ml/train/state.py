@@ -9,7 +9,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, PyTree
 
-from ml.models import Transformer, init_params, logical_axes
+from ml.models import Model, init_params, logical_axes
 from ml.parallel import Rules
 from ml.train.offload import HOST, moved_to_host, on_host
 
@@ -34,7 +34,7 @@ class TrainState:
 
 
 def init_state(
-    model: Transformer,
+    model: Model,
     tx: optax.GradientTransformation,
     rules: Rules,
     *,
@@ -61,7 +61,7 @@ def init_state(
 
 
 def abstract_state(
-    model: Transformer, tx: optax.GradientTransformation, rules: Rules, *, ema: bool, offload: bool = False
+    model: Model, tx: optax.GradientTransformation, rules: Rules, *, ema: bool, offload: bool = False
 ) -> TrainState:
     """The state as shapes and placements: what `init_state` would make, on devices that need not exist."""
     shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
@@ -84,7 +84,7 @@ def abstract_state(
     return state.replace(opt_state=jax.tree.map(hosted, state.opt_state)) if offload else state
 
 
-def _shardings(model: Transformer, rules: Rules) -> PyTree[NamedSharding]:
+def _shardings(model: Model, rules: Rules) -> PyTree[NamedSharding]:
     shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     return rules.shardings(logical_axes(model.config), shapes)
 

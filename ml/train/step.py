@@ -6,18 +6,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ml.models import Transformer
+from ml.models import Model
 from ml.models.moe import update_router_bias
 from ml.parallel import Rules
 from ml.train.config import TrainConfig
 from ml.train.gradients import make_gradients
-from ml.train.objective import Batch, Metrics
+from ml.train.objective import Batch, Metrics, make_objective
 from ml.train.offload import moved_to_device, moved_to_host
 from ml.train.state import TrainState
 
 
 def make_train_step(
-    model: Transformer,
+    model: Model,
     tx: optax.GradientTransformation,
     schedule: optax.Schedule,
     config: TrainConfig,
@@ -25,8 +25,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Returns the step ``(state, batch [microbatches, rows, length]) -> (state, metrics)``; jit it, donating the state.
 
-    The loss is divided by the number of counted tokens of the *whole* batch, so the update does not depend on how the
-    batch is cut. A step whose loss or gradient is not finite leaves the state as it was, but for two counters.
+    Everything is averaged over the *whole* batch, so the update does not depend on how the batch is cut. A step whose
+    loss or gradient is not finite leaves the state as it was, but for two counters.
 
     Args:
       model: on the mesh of ``rules``.
@@ -36,13 +36,13 @@ def make_train_step(
       rules: the layout; ``None``: off any mesh.
     """
     gradients, moe = make_gradients(model, config, rules), model.config.moe
+    objective = make_objective(model, config, rules)
 
     def train_step(state, batch):
-        tokens = batch["loss_mask"].sum()
-        *sums, expert_counts, noise = gradients(state.params, batch)
-        grads, metrics = jax.tree.map(lambda x: x / jnp.maximum(tokens, 1), sums)
+        weighed, count = objective.weighed(batch, state.step)
+        *sums, expert_counts, noise = gradients(state.params, weighed)
+        grads, metrics = jax.tree.map(lambda x: x / jnp.maximum(count, 1), sums)
         old_opt_state = moved_to_device(state.opt_state) if config.offload_optimizer else state.opt_state
-
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics["objective"])
         updates, opt_state = tx.update(grads, old_opt_state, state.params)
@@ -59,7 +59,7 @@ def make_train_step(
             "learning_rate": schedule(state.step - state.skipped),  # the optimizer has not counted skipped steps
             "gradient_norm": grad_norm,
             "parameter_norm": optax.tree.norm(params),
-            "tokens": tokens,
+            "tokens": objective.tokens(batch),
             "skipped": state.skipped + ~finite,
         }
         opt_state = moved_to_host(opt_state) if config.offload_optimizer else opt_state

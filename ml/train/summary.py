@@ -17,12 +17,14 @@ def summarize(result: Result, **more: str) -> Report:
       more: further files to list, label -> path; ``sample`` is a text that the model wrote.
     """
     prepared, workdir = result.prepared, result.workdir
-    compare = 0 < prepared.heldout_bytes <= _LARGEST_TEXT_TO_COMPRESS
+    encoder = prepared.config.for_encoder  # codes no text
+    compare = not encoder and 0 < prepared.heldout_bytes <= _LARGEST_TEXT_TO_COMPRESS
     text = [prepared.heldout_text()] if compare else []
     speed = result.session_tokens / result.seconds if result.seconds else _last_speed(result)
     devices = jax.devices()
     return Report(
-        bits_per_byte=result.heldout.bits_per_byte(prepared.heldout_bytes) if result.heldout else None,
+        bits_per_byte=result.heldout.bits_per_byte(prepared.heldout_bytes) if result.heldout and not encoder else None,
+        heldout=result.heldout.scalars if result.heldout and encoder else {},
         gzip_bits_per_byte=gzip_bits_per_byte(text) if compare else None,
         xz_bits_per_byte=xz_bits_per_byte(text) if compare else None,
         heldout_bytes=prepared.heldout_bytes,

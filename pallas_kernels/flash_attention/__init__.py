@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.fallback import choose
 from pallas_kernels.flash_attention import cudnn, reference, splash
 from pallas_kernels.flash_attention.backend import Backend
-from pallas_kernels.flash_attention.intervals import Band, Intervals, self_intervals, static_band
+from pallas_kernels.flash_attention.intervals import Band, Intervals, segment_intervals, self_intervals, static_band
 from pallas_kernels.flash_attention.vjp import Call, attend
 from pallas_kernels.platform import platform
 from pallas_kernels.sharded import on_shards
@@ -23,7 +23,7 @@ Implementation = Literal["auto", "xla", "gpu", "tpu", "cudnn", "splash", "refere
 # What `auto` tries on each platform before XLA, from the most to the least wanted.
 # cuDNN stands before our own kernel until that has been measured to be the faster one on an H200.
 _WANTED = {"gpu": ("cudnn", "gpu"), "tpu": ("splash", "tpu")}
-# Kernels of others, for causal self-attention alone: they return no log-sum-exp and take no intervals.
+# Kernels of others, for self-attention alone: they return no log-sum-exp and take no intervals.
 _PEERS = {"cudnn": cudnn, "splash": splash}
 _OWN = ("xla", "gpu", "tpu")
 # Opaque to the partitioner, so each device is given its own part.
@@ -36,6 +36,7 @@ def flash_attention(
     value: Float[Array, "batch keys kv_heads head_dim"],
     *,
     segment_ids: Int[Array, "batch queries"] | None = None,
+    causal: bool = True,
     window: int | Int[Array, ""] | None = None,
     intervals: Intervals | None = None,
     scale: float | None = None,
@@ -46,7 +47,7 @@ def flash_attention(
 ) -> Any:
     """Grouped-query attention, ``softmax(scale * q k^T) v`` over the keys that a query may see.
 
-    It is causal self-attention unless ``intervals`` are given: a query at index ``i`` sees keys
+    It is causal self-attention unless said otherwise: a query at index ``i`` sees keys
     ``max(0, i - window + 1) .. i`` of its own segment.
 
     Args:
@@ -54,6 +55,7 @@ def flash_attention(
       key: keys; as many as queries unless ``intervals`` are given.
       value: values.
       segment_ids: packed documents, each a run of equal ids; a token sees only its own. ``None``: one segment.
+      causal: ``False`` (an encoder): a query sees all keys of its own segment.
       window: sliding window in tokens, itself included; may be traced.
       intervals: query ``i`` sees keys ``intervals[b, i, 0] <= j < intervals[b, i, 1]``, none if that is empty; a batch
         of 1 holds for all rows. A NumPy array is static, and work that it hides is left out of the program.
@@ -74,19 +76,21 @@ def flash_attention(
     Raises:
       ValueError: unknown implementation, a case that it does not support, or arguments that do not fit together.
     """
-    _check(query, key, value, segment_ids, window, intervals)
+    _check(query, key, value, segment_ids, causal, window, intervals)
     if implementation not in get_args(Implementation):
         raise ValueError(f"implementation={implementation!r}; choose {', '.join(get_args(Implementation))}")
     if config is not None and implementation in ("auto", "reference", *_PEERS):
         raise ValueError(f"config={config!r} with implementation={implementation!r}; name the one that it tunes")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    causal = intervals is None
-    if intervals is None:
+    given = intervals is not None
+    if intervals is None and causal:
         intervals = self_intervals(query.shape[1], window, segment_ids)
+    elif intervals is None:
+        intervals = segment_intervals(query.shape[1], segment_ids)
 
     def peer_why_not(name: str) -> str | None:
-        if not causal or return_lse:
-            return f"{'intervals' if not causal else 'return_lse'} cannot be given to a kernel that is not ours"
+        if given or return_lse:
+            return f"{'intervals' if given else 'return_lse'} cannot be given to a kernel that is not ours"
         return _PEERS[name].why_not(query, window, softcap)
 
     peers = {name: functools.partial(peer_why_not, name) for name in _PEERS}
@@ -95,10 +99,16 @@ def flash_attention(
         return (out, lse) if return_lse else out
     name = _chosen(implementation, query, key, value, softcap, config, peers)
     if name in _PEERS:
-        function = functools.partial(_PEERS[name].flash_attention, window=window, scale=scale, softcap=softcap)
+        function = functools.partial(
+            _PEERS[name].flash_attention, causal=causal, window=window, scale=scale, softcap=softcap
+        )
         operands = (query, key, value, segment_ids)
         return on_shards(lambda q, k, v, segments: function(q, k, v, segment_ids=segments), operands, query)
-    band = _band(intervals, query.shape[1], window, causal) if name == "xla" else None
+    band = None
+    if name == "xla":
+        band = static_band(intervals) if not isinstance(intervals, jax.Array) else None
+        if band is None and not given:
+            band = _self_band(query.shape[1], window, causal)
     call = Call(backend(name), scale, softcap, config, name in _OPAQUE, band)
     out, lse = attend(call, query, key, value, jnp.asarray(intervals))
     return (out, lse) if return_lse else out
@@ -146,16 +156,14 @@ def _built(name: str) -> bool:
     return importlib.util.find_spec(f"pallas_kernels.flash_attention.{name}") is not None
 
 
-def _band(intervals: Any, length: int, window: Any, causal: bool) -> Band | None:
-    """What is static of the intervals: all, or that attention is causal, or nothing."""
-    if not isinstance(intervals, jax.Array):
-        return static_band(intervals)
+def _self_band(length: int, window: Any, causal: bool) -> Band:
+    """What is known of self-attention's intervals whatever the segments are."""
     if not causal:
-        return None
+        return Band(length - 1, length - 1)
     return static_band(self_intervals(length, window if isinstance(window, int) else None))
 
 
-def _check(query: Any, key: Any, value: Any, segment_ids: Any, window: Any, intervals: Any) -> None:
+def _check(query: Any, key: Any, value: Any, segment_ids: Any, causal: bool, window: Any, intervals: Any) -> None:
     batch, queries, heads, head_dim = query.shape
     if key.shape != value.shape or key.shape[::3] != (batch, head_dim) or heads % max(key.shape[2], 1):
         raise ValueError(f"shapes do not fit: query {query.shape}, key {key.shape}, value {value.shape}")
@@ -164,6 +172,8 @@ def _check(query: Any, key: Any, value: Any, segment_ids: Any, window: Any, inte
             raise ValueError(f"shapes do not fit: query {query.shape}, key {key.shape}; give intervals")
         if segment_ids is not None and segment_ids.shape != (batch, queries):
             raise ValueError(f"segment_ids has shape {segment_ids.shape}; it must be {(batch, queries)}")
+        if not causal and window is not None:
+            raise ValueError(f"window={window} with causal=False; a window looks back")
     else:
         if segment_ids is not None or window is not None:
             raise ValueError(f"{'window' if segment_ids is None else 'segment_ids'} cannot be given beside intervals")

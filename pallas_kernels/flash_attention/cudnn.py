@@ -18,7 +18,7 @@ def why_not(query, window, softcap) -> str | None:
     return None
 
 
-def flash_attention(query, key, value, *, segment_ids, window, scale, softcap):
+def flash_attention(query, key, value, *, segment_ids, causal, window, scale, softcap):
     """See `pallas_kernels.flash_attention.flash_attention`."""
     del softcap
     mask = None
@@ -29,7 +29,7 @@ def flash_attention(query, key, value, *, segment_ids, window, scale, softcap):
         key,
         value,
         mask=mask,
-        is_causal=True,
+        is_causal=causal,
         scale=scale,
         local_window_size=None if window is None else (window - 1, 0),
         implementation="cudnn",

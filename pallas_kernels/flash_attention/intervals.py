@@ -61,6 +61,32 @@ def self_intervals(
     return xp.stack([start, stop], axis=-1).astype(np.int32)
 
 
+def segment_intervals(length: int, segment_ids: Int[Array | np.ndarray, "batch length"] | None = None) -> Intervals:
+    """Those of an encoder: a token sees all of its segment, before and after it.
+
+    Args:
+      length: tokens in a row.
+      segment_ids: packed documents; a segment is a run of equal ids. ``None``: one.
+
+    Returns:
+      ``[1, length, 2]``, or ``[batch, length, 2]`` with segments.
+    """
+    index = np.arange(length, dtype=np.int32)[None]
+    if segment_ids is None:
+        return np.stack([np.zeros_like(index), np.full_like(index, length)], axis=-1)
+    xp = _namespace(segment_ids)
+    changes = segment_ids[:, 1:] != segment_ids[:, :-1]
+    begin = xp.where(xp.pad(changes, ((0, 0), (1, 0))), index, 0)
+    end = xp.where(xp.pad(changes, ((0, 0), (0, 1))), index + 1, length)
+    start: Any
+    stop: Any
+    if xp is np:
+        start, stop = np.maximum.accumulate(begin, 1), np.minimum.accumulate(end[:, ::-1], 1)[:, ::-1]
+    else:
+        start, stop = jax.lax.cummax(begin, axis=1), jax.lax.cummin(end, axis=1, reverse=True)
+    return xp.stack([start, stop], axis=-1).astype(np.int32)
+
+
 class Band(NamedTuple):
     """Known when a program is traced: row ``i`` sees no key outside ``i - before <= j <= i + after``."""
 

@@ -28,10 +28,10 @@ def why_not(query, window, softcap) -> str | None:
     return None
 
 
-def flash_attention(query, key, value, *, segment_ids, window, scale, softcap):
+def flash_attention(query, key, value, *, segment_ids, causal, window, scale, softcap):
     """See `pallas_kernels.flash_attention.flash_attention`."""
     _, length, heads, _ = query.shape
-    mask: masks.Mask = masks.CausalMask((length, length))
+    mask: masks.Mask = masks.CausalMask((length, length)) if causal else masks.FullMask((length, length))
     if window is not None and window < length:
         mask = masks.LocalMask((length, length), (window - 1, 0), 0)
     attend = kernel.make_splash_mha(

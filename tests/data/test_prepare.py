@@ -179,7 +179,7 @@ def die(self, *args):
     add(self, *args)
     count += 1
     if count == int(sys.argv[3]):
-        for file in self._files.values():
+        for file in self._files._files.values():
             file.flush()
         os.kill(os.getpid(), signal.SIGKILL)
 RowWriter.add = die

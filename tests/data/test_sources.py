@@ -62,7 +62,7 @@ def test_python_files_are_decoded_as_the_interpreter_does(tmp_path, caplog):
     for hidden in (".git", "__pycache__", "site-packages"):
         (tmp_path / hidden).mkdir()
         (tmp_path / hidden / "x.py").write_text("hidden")
-    documents = list(Source(SourceConfig(path=str(tmp_path))).documents())
+    documents = [(d.key, d.text) for d in Source(SourceConfig(path=str(tmp_path))).documents()]
     assert documents == [("bom.py", "x = 1\n"), ("package/latin.py", "# -*- coding: latin-1 -*-\nname = 'é'\n")]
     assert len([r for r in caplog.records if "skipped" in r.getMessage()]) == 2
 
@@ -235,7 +235,7 @@ def test_every_kind_reads_from_a_remote_store(bucket, tmp_path):
     assert _texts("jsonl", url) == ["json"]
     assert _texts("parquet", f"{url}/a.parquet") == ["parquet"]
     assert _texts("array_record", f"{url}/a.array_record") == ["record"]
-    assert list(Source(SourceConfig(path=url)).documents()) == [("m.py", "python")]
+    assert [(d.key, d.text) for d in Source(SourceConfig(path=url)).documents()] == [("m.py", "python")]
     assert "does not exist; did you mean 'a.txt'?" in _error("text", f"{url}/b.txt")
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ml.models import RopeConfig, Transformer, TransformerConfig
+from ml.models import RopeConfig, TransformerConfig, init_params, module_of
 from ml.models.huggingface import canonical, load_config, load_params, save_pretrained
 from ml.models.huggingface.names import leaf_shapes
 
@@ -17,7 +17,8 @@ GOLDEN = Path(__file__).parent / "golden"
 LENGTH = json.loads((GOLDEN / "made_by.json").read_text())["length"]
 NAMES = sorted(path.parent.name for path in GOLDEN.glob("*/logits.npy"))
 # Written out, so that a family cannot drop out of the folder unnoticed.
-FAMILIES = {"llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "gemma", "gemma2", "gemma3_text", "gpt2"}
+FAMILIES = {"llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "gemma", "gemma2", "gemma3_text"}
+FAMILIES |= {"gpt2", "bert"}
 
 
 def tokens() -> np.ndarray:
@@ -25,7 +26,7 @@ def tokens() -> np.ndarray:
 
 
 def logits(config: TransformerConfig, params: dict) -> np.ndarray:
-    apply = jax.jit(lambda p, t: Transformer(config).apply({"params": p}, t, method="forward"))
+    apply = jax.jit(lambda p, t: module_of(config).apply({"params": p}, t, method="forward"))
     return np.asarray(apply(params, tokens()))
 
 
@@ -50,10 +51,7 @@ def test_logits(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_tree_is_the_one_the_model_makes(name):
     config, params, _ = load(name)
-    made = jax.eval_shape(
-        lambda: Transformer(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32), method="forward")["params"]
-    )
-    # Unboxed: the model annotates its fresh parameters with axis names.
+    made = jax.eval_shape(lambda: init_params(module_of(config), jax.random.key(0)))
     made_shapes = sorted(leaf.shape for leaf in jax.tree.leaves(made))
     assert sorted(leaf.shape for leaf in jax.tree.leaves(params)) == made_shapes
     assert sorted(leaf_shapes(config).values()) == made_shapes
@@ -70,6 +68,7 @@ ABLATIONS = {
     "gemma2": {"attention_softcap": None},
     "gemma3_text": {"local_rope_theta": None},
     "gpt2": {"activation": "gelu"},
+    "bert": {"norm_eps": 0.1},
 }
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ml.models import Transformer
+from ml.models import Transformer, module_of
 from ml.models.huggingface import (
     canonical,
     load_config,
@@ -33,9 +33,7 @@ TOLERANCE = 1e-4  # absolute, on logits whose standard deviation is asserted to 
 def logits(folder, tokens):
     config = load_config(folder)
     params = load_params(folder, config)
-    return np.asarray(
-        jax.jit(lambda p, t: Transformer(config).apply({"params": p}, t, method="forward"))(params, tokens)
-    )
+    return np.asarray(jax.jit(lambda p, t: module_of(config).apply({"params": p}, t, method="forward"))(params, tokens))
 
 
 @pytest.fixture
@@ -61,7 +59,7 @@ def test_logits_in_and_out(case, tmp_path, transformers):
 
     config = load_config(tmp_path / "in")
     save_pretrained(tmp_path / "out", config, load_params(tmp_path / "in", config))
-    back, report = transformers.AutoModelForCausalLM.from_pretrained(
+    back, report = make_golden.auto_class(case.family).from_pretrained(
         tmp_path / "out", attn_implementation="eager", dtype="float32", output_loading_info=True
     )
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]

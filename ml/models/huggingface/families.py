@@ -13,7 +13,10 @@ ARCHITECTURES = {
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
     "gpt2": "GPT2LMHeadModel",
+    "bert": "BertForPreTraining",
 }
+# What else may be named in the ``architectures`` of a family, beside the bare ``...Model``.
+OTHER_ARCHITECTURES = {"bert": ("BertForMaskedLM", "BertForSequenceClassification")}
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -56,6 +59,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "gemma3_text": _GEMMA | {"max_position_embeddings": 131_072, "rope_theta": 1e6, "sliding_window_pattern": 6},
     "gpt2": {"n_positions": 1024, "layer_norm_epsilon": 1e-5, "activation_function": "gelu_new"}
     | {"tie_word_embeddings": True},
+    "bert": {"max_position_embeddings": 512, "layer_norm_eps": 1e-12, "type_vocab_size": 2, "hidden_act": "gelu"}
+    | {"tie_word_embeddings": True},
 }
 
 # Fields without effect on the forward pass.
@@ -78,8 +83,16 @@ HARMLESS = frozenset(
         *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "num_return_sequences"),
         # training only
         *("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"),
+        *("attention_probs_dropout_prob", "hidden_dropout_prob", "classifier_dropout"),
         *("initializer_range", "router_aux_loss_coef", "router_jitter_noise"),
         # superseded by another field, or never read by the family that has it
-        *("n_ctx", "max_sequence_length", "_sliding_window_pattern", "max_window_layers"),
+        *("n_ctx", "max_sequence_length", "_sliding_window_pattern", "max_window_layers", "directionality"),
+        *(
+            "pooler_fc_size",
+            "pooler_num_attention_heads",
+            "pooler_num_fc_layers",
+            "pooler_size_per_head",
+            "pooler_type",
+        ),
     }
 )

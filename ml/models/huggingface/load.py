@@ -13,9 +13,10 @@ import numpy as np
 from ml.errors import UserError
 from ml.models.config import TransformerConfig
 from ml.models.huggingface import transpose
-from ml.models.huggingface.names import Tensor, ignored, leaf_shapes, tensors
+from ml.models.huggingface.names import ignored, leaf_shapes, repeated, tensors
 from ml.models.huggingface.read_config import parse_config, read_json
 from ml.models.huggingface.safetensors_io import FLOAT_DTYPES, SafetensorsFile, storable_dtype
+from ml.models.huggingface.tensor import Tensor
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _ALIGNMENT = 64
@@ -67,8 +68,9 @@ def load_params(
             if not pending[part.path]:
                 leaf = _place(filling.pop(part.path), (sharding or _on_default_device)(part.path))
                 _insert(params, part.path, leaf if finish is None else finish(part.path, leaf))
-    if config.tie_embeddings and "lm_head.weight" in files:
-        _check_tied(files, table[0].name)
+    for name, first in repeated(config, table).items():
+        if name in files:
+            _check_tied(files, name, first)
     return params
 
 
@@ -153,7 +155,7 @@ def _open(folder: Path) -> dict[str, SafetensorsFile]:
 def _check(folder: Path, config: TransformerConfig, table: Iterable[Tensor], files: dict[str, SafetensorsFile]) -> None:
     """Compares names and shapes before anything is read."""
     where = f"in {_INDEX if (folder / _INDEX).exists() else _WEIGHTS}"
-    names = {tensor.name for tensor in table}
+    names = {tensor.name for tensor in table} | set(repeated(config, list(table)))
     for tensor in table:
         if tensor.name not in files:
             raise UserError(f"{folder}: tensor {tensor.name} is missing {where}; config.json promises it")
@@ -164,18 +166,17 @@ def _check(folder: Path, config: TransformerConfig, table: Iterable[Tensor], fil
                 f"by config.json it must be {list(tensor.shape)}"
             )
     for name, file in files.items():
-        tied = config.tie_embeddings and name == "lm_head.weight"
-        if name not in names and not tied and not ignored(name, config):
+        if name not in names and not ignored(name, config):
             raise UserError(f"{file.path}: unexpected tensor {name}: config.json describes an architecture without it")
 
 
-def _check_tied(files: dict[str, SafetensorsFile], embedding: str) -> None:
+def _check_tied(files: dict[str, SafetensorsFile], name: str, first: str) -> None:
     """A tied checkpoint may repeat its embedding as ``lm_head``, but not contradict it."""
-    file, other = files["lm_head.weight"], files[embedding]
-    same = file.entries["lm_head.weight"].shape == other.entries[embedding].shape
-    pairs = zip(file.rows("lm_head.weight"), other.rows(embedding), strict=False)
+    file, other = files[name], files[first]
+    same = file.entries[name].shape == other.entries[first].shape
+    pairs = zip(file.rows(name), other.rows(first), strict=False)
     if not same or not all(np.array_equal(a, b) for (_, a), (_, b) in pairs):
         raise UserError(
-            f"{file.path}: lm_head.weight differs from {embedding}, yet config.json ties them; "
+            f"{file.path}: {name} differs from {first}, yet config.json ties them; "
             "set tie_word_embeddings to false there"
         )

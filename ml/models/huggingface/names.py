@@ -5,53 +5,11 @@ einsum. Every entry of the table is therefore a *view*: slice a stacked leaf, re
 has their tensor's shape without a copy. Rotary halves are paired alike, so nothing is permuted.
 """
 
-import dataclasses
-import math
 from collections.abc import Iterable
 
-import numpy as np
-
 from ml.models.config import TransformerConfig
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """A stored tensor, or one of the blocks concatenated into it, as a view of a leaf.
-
-    Attributes:
-      path: the leaf, as ``layers/attention/query/kernel``.
-      index: leading indices into the leaf: the layer, then the expert.
-      shape: shape as stored.
-      transposed: the last two stored axes are swapped with respect to the leaf.
-    """
-
-    path: str
-    index: tuple[int, ...]
-    shape: tuple[int, ...]
-    transposed: bool
-
-    def view(self, indexed: np.ndarray) -> np.ndarray:
-        """The leaf, already indexed, seen in the stored shape; vectors are seen as one row."""
-        if self.transposed:
-            *batch, rows, columns = self.shape
-            return indexed.reshape(*batch, columns, rows).swapaxes(-1, -2)
-        return indexed.reshape(self.shape if len(self.shape) > 1 else (1, -1))
-
-
-@dataclasses.dataclass(frozen=True)
-class Tensor:
-    """A tensor of the checkpoint: its name and the parts concatenated along ``axis`` (1: fused projections)."""
-
-    name: str
-    parts: tuple[Part, ...]
-    axis: int = 1
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        first = self.parts[0].shape
-        axis = min(self.axis, len(first) - 1)
-        return (*first[:axis], sum(part.shape[axis] for part in self.parts), *first[axis + 1 :])
-
+from ml.models.huggingface import bert_names
+from ml.models.huggingface.tensor import Part, Tensor, part
 
 # Leaf (below `layers/`) -> tensor (below `model.layers.N.`) in the Llama lineage.
 _LLAMA_NAMES = {
@@ -101,6 +59,8 @@ _EXPERT_NAMES = {
 
 def leaf_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
     """Path -> shape of every leaf of the parameter tree that the Hugging Face families can fill."""
+    if config.encoder is not None:
+        return bert_names.leaf_shapes(config)
     embed, heads, kv_heads, head_dim = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
     shapes: dict[str, tuple[int, ...]] = {"embed/embedding": (config.vocab_size, embed)}
     if config.position_embedding == "learned":
@@ -153,6 +113,8 @@ def tensors(config: TransformerConfig, family: str, present: Iterable[str] = ())
         ``model.`` prefix, one tensor per expert or all experts in one. Empty: the spelling that is written.
     """
     present = set(present)
+    if config.encoder is not None:
+        return bert_names.tensors(config, present)
     prefix, blocks = ("transformer.", "h") if family == "gpt2" else ("model.", "layers")
     if present and not any(name.startswith(prefix) for name in present):
         prefix = ""
@@ -164,15 +126,24 @@ def tensors(config: TransformerConfig, family: str, present: Iterable[str] = ())
                 result += _layer_tensors(config, family, path, shape[1:], layer, f"{prefix}{blocks}.{layer}.", present)
         else:
             name = _outer_name(family, path, prefix)
-            result.append(Tensor(name, (_part(path, (), shape, inputs=1, transposed=path == "unembed/kernel"),)))
+            result.append(Tensor(name, (part(path, (), shape, inputs=1, transposed=path == "unembed/kernel"),)))
     return result
 
 
 def ignored(name: str, config: TransformerConfig) -> bool:
     """Whether a tensor of the checkpoint is a buffer that older versions of transformers saved, not a weight."""
+    if config.encoder is not None:
+        return name.endswith("embeddings.position_ids")
     if config.position_embedding == "rope":
         return name.endswith(".rotary_emb.inv_freq")
     return name.endswith((".attn.bias", ".attn.masked_bias"))
+
+
+def repeated(config: TransformerConfig, table: list[Tensor]) -> dict[str, str]:
+    """Tensors that a checkpoint with tied embeddings may hold a second time, by the name of the first."""
+    if config.encoder is not None:
+        return bert_names.repeated(table)
+    return {"lm_head.weight": table[0].name} if config.tie_embeddings else {}
 
 
 def _outer_name(family: str, path: str, prefix: str) -> str:
@@ -206,12 +177,12 @@ def _layer_tensors(
         if local.startswith("attention/query"):
             leaf = local.rpartition("/")[2]
             paths = [f"layers/attention/{name}/{leaf}" for name in ("query", "key", "value")]
-            fused = tuple(_part(other, (layer,), shape, inputs if leaf == "kernel" else 0) for other in paths)
+            fused = tuple(part(other, (layer,), shape, inputs if leaf == "kernel" else 0) for other in paths)
             return [Tensor(f"{prefix}attn.c_attn.{'weight' if leaf == 'kernel' else 'bias'}", fused)]
-        return [Tensor(prefix + _GPT2_NAMES[local], (_part(path, (layer,), shape, inputs),))]
+        return [Tensor(prefix + _GPT2_NAMES[local], (part(path, (layer,), shape, inputs),))]
     names = _POST_NORM_NAMES if config.post_norms else _LLAMA_NAMES
     is_matrix = local.endswith("/kernel")
-    return [Tensor(prefix + names[local], (_part(path, (layer,), shape, inputs if is_matrix else 0, is_matrix),))]
+    return [Tensor(prefix + names[local], (part(path, (layer,), shape, inputs if is_matrix else 0, is_matrix),))]
 
 
 def _expert_tensors(
@@ -222,7 +193,7 @@ def _expert_tensors(
         block = "mlp"  # transformers 5's own spelling of Mixtral
     role = path.split("/")[2]
     if role == "router":
-        return [Tensor(f"{prefix}{block}.gate.weight", (_part(path, (layer,), shape, 1, True),))]
+        return [Tensor(f"{prefix}{block}.gate.weight", (part(path, (layer,), shape, 1, True),))]
     experts, rows, columns = shape
     if f"{prefix}{block}.experts.gate_up_proj" in present:
         stored = (experts, columns, rows)
@@ -234,14 +205,6 @@ def _expert_tensors(
         return [Tensor(f"{prefix}{block}.experts.gate_up_proj", tuple(Part(p, (layer,), stored, True) for p in both))]
     name = {"gate": gate, "up": up, "down": down}[role]
     return [
-        Tensor(f"{prefix}{block}.experts.{expert}.{name}.weight", (_part(path, (layer, expert), shape[1:], 1, True),))
+        Tensor(f"{prefix}{block}.experts.{expert}.{name}.weight", (part(path, (layer, expert), shape[1:], 1, True),))
         for expert in range(experts)
     ]
-
-
-def _part(path: str, index: tuple[int, ...], shape: tuple[int, ...], inputs: int, transposed: bool = False) -> Part:
-    """A part from the leaf's own (indexed) shape, of which the first ``inputs`` axes are multiplied away."""
-    if inputs == 0 or len(shape) == 1:
-        return Part(path, index, (math.prod(shape),), False)
-    rows, columns = math.prod(shape[:inputs]), math.prod(shape[inputs:])
-    return Part(path, index, (columns, rows) if transposed else (rows, columns), transposed)

@@ -11,8 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from ml.errors import UserError, nearest
-from ml.models.config import MoEConfig, TransformerConfig
-from ml.models.huggingface.families import ACTIVATIONS, ARCHITECTURES, COMMON, DEFAULTS, HARMLESS
+from ml.models.bert import bert_config
+from ml.models.config import EncoderConfig, MoEConfig, TransformerConfig
+from ml.models.huggingface.families import (
+    ACTIVATIONS,
+    ARCHITECTURES,
+    COMMON,
+    DEFAULTS,
+    HARMLESS,
+    OTHER_ARCHITECTURES,
+)
 from ml.models.huggingface.rope import read_rope
 
 
@@ -103,15 +111,16 @@ def parse_config(values: Mapping[str, Any], source: str = "config.json") -> tupl
             f"{source}: model_type {family!r} is not a supported architecture ({', '.join(ARCHITECTURES)}); {hint}"
         )
     named = values.get("architectures") or []
-    if named and not any(name == ARCHITECTURES[family] or name.endswith("Model") for name in named):
-        raise UserError(f"{source}: architectures is {named}; of {family} only {ARCHITECTURES[family]} is supported")
+    known = (ARCHITECTURES[family], *OTHER_ARCHITECTURES.get(family, ()))
+    if named and not any(name in known or name.endswith("Model") for name in named):
+        raise UserError(f"{source}: architectures is {named}; of {family} only {' and '.join(known)} is supported")
     fields = _Fields(values, source, family)
     fields.refuse_if("quantization_config", why="means quantized weights; save the checkpoint in bfloat16 or float32")
     fields.refuse_if("is_encoder_decoder")
     fields.refuse_if("add_cross_attention")
     fields.refuse_if("auto_map", why="means custom code, which is never run; use a supported architecture's own files")
     try:
-        config = _read_gpt2(fields) if family == "gpt2" else _read_llama_like(fields)
+        config = {"gpt2": _read_gpt2, "bert": _read_bert}.get(family, _read_llama_like)(fields)
     except ValueError as error:
         raise UserError(f"{source}: {error}") from error
     fields.finish()
@@ -144,6 +153,31 @@ def _read_gpt2(fields: _Fields) -> TransformerConfig:
         mlp_bias=True,
         tie_embeddings=fields("tie_word_embeddings", bool),
         init_stddev=fields("initializer_range", float, 0.02, positive=False),
+    )
+
+
+def _read_bert(fields: _Fields) -> TransformerConfig:
+    fields.refuse_if("is_decoder")
+    fields.refuse_if("position_embedding_type", lambda kind: kind != "absolute")
+    fields.refuse_if("tie_word_embeddings", lambda tied: not tied, "an encoder here cannot have: its decoder is tied")
+    embed, heads = fields("hidden_size", int), fields("num_attention_heads", int)
+    if embed % heads:
+        raise fields.error("hidden_size", f"is {embed}, not a multiple of num_attention_heads ({heads})")
+    classes = 0
+    if "BertForSequenceClassification" in (fields.values.get("architectures") or []):
+        fields.refuse_if("problem_type", lambda kind: kind != "single_label_classification")
+        classes = len(fields("id2label", dict, {})) or fields("num_labels", int, 2)
+    return bert_config(
+        vocab_size=fields("vocab_size", int),
+        num_layers=fields("num_hidden_layers", int),
+        embed_dim=embed,
+        num_heads=heads,
+        mlp_dim=fields("intermediate_size", int),
+        max_length=fields("max_position_embeddings", int),
+        activation=_activation(fields, "hidden_act"),
+        norm_eps=fields("layer_norm_eps", float),
+        init_stddev=fields("initializer_range", float, 0.02, positive=False),
+        encoder=EncoderConfig(token_types=fields("type_vocab_size", int), num_classes=classes),
     )
 
 

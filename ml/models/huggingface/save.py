@@ -13,9 +13,10 @@ import numpy as np
 
 from ml.errors import UserError
 from ml.models.config import TransformerConfig
-from ml.models.huggingface.names import Tensor, leaf_shapes, tensors
+from ml.models.huggingface.names import leaf_shapes, tensors
 from ml.models.huggingface.output_folder import appearing
 from ml.models.huggingface.safetensors_io import CHUNK_BYTES, Outgoing, storable_dtype, write
+from ml.models.huggingface.tensor import Tensor
 from ml.models.huggingface.tokenizers import special_ids, write_tokenizer
 from ml.models.huggingface.write_config import write_config
 from ml.weights import materialize

@@ -35,7 +35,8 @@ def write_config(config: TransformerConfig) -> tuple[str, dict[str, Any]]:
     closest: tuple[str, list[str]] | None = None
     for family in ARCHITECTURES:
         try:
-            values = _write_gpt2(config) if family == "gpt2" else _write_llama_like(family, config)
+            special = {"gpt2": _write_gpt2, "bert": _write_bert}.get(family)
+            values = _write_llama_like(family, config) if special is None else special(config)
             back = canonical(parse_config(values)[1])
         except UserError:
             continue  # the family lacks a value that this architecture needs
@@ -106,6 +107,30 @@ def _write_gpt2(config: TransformerConfig) -> dict[str, Any]:
         "embd_pdrop": 0.0,
         "attn_pdrop": 0.0,
     }
+
+
+def _write_bert(config: TransformerConfig) -> dict[str, Any]:
+    if config.encoder is None:
+        raise UserError("bert is an encoder")
+    classes = config.encoder.num_classes
+    values = _header("bert", config) | {
+        "hidden_size": config.embed_dim,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "intermediate_size": config.mlp_dim,
+        "max_position_embeddings": config.max_length,
+        "type_vocab_size": config.encoder.token_types,
+        "hidden_act": {"gelu_tanh": "gelu_new"}.get(config.activation, config.activation),
+        "layer_norm_eps": config.norm_eps,
+        "position_embedding_type": "absolute",
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
+    if classes:
+        values["architectures"] = ["BertForSequenceClassification"]
+        values["id2label"] = {str(label): f"LABEL_{label}" for label in range(classes)}
+        values["label2id"] = {f"LABEL_{label}": label for label in range(classes)}
+    return values
 
 
 def _write_llama_like(family: str, config: TransformerConfig) -> dict[str, Any]:

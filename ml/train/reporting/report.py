@@ -33,6 +33,7 @@ class Report:
       memory: of a device, by category; ``None``: unknown.
       files: what lies where: label -> path, in the order to show.
       sample: a text that the model wrote.
+      heldout: of a model that codes no text, what else was measured on held-out text: name -> value.
     """
 
     bits_per_byte: float | None
@@ -49,6 +50,7 @@ class Report:
     memory: str | None = None
     files: Mapping[str, str | os.PathLike[str]] = dataclasses.field(default_factory=dict)
     sample: str | None = None
+    heldout: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def gzip_bits_per_byte(texts: Iterable[bytes]) -> float:
@@ -86,6 +88,9 @@ def print_report(report: Report, console: Console) -> None:
         "model": f"{short_number(report.parameters)} parameters",
         "device": report.device,
     }
+    if report.heldout:
+        named = (f"{name.replace('_', ' ')} {value:.4g}" for name, value in report.heldout.items())
+        figures = {"held-out": ", ".join(named)} | figures
     if report.flops_utilization is not None:
         figures["speed"] += f", {report.flops_utilization:.1%} of the device's peak FLOP/s"
     if report.memory is not None:

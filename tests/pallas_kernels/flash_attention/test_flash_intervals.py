@@ -8,6 +8,7 @@ import pytest
 from pallas_kernels.flash_attention.cost import causal_pairs
 from pallas_kernels.flash_attention.intervals import (
     Band,
+    segment_intervals,
     self_intervals,
     static_band,
     tile_bounds,
@@ -83,3 +84,14 @@ def test_tiles_cover_what_is_visible_and_full_ones_hide_nothing(blocks, transpos
             assert ours.dtype == jitted.dtype == np.int32
             np.testing.assert_array_equal(ours, jitted)
     assert some_full or blocks == (64, 64)
+
+
+@pytest.mark.parametrize("xp", [np, jnp], ids=["numpy", "jax"])
+def test_an_encoder_sees_its_whole_segment(xp):
+    segments = np.array([[1, 1, 2, 2, 2, 0, 0], [3, 3, 3, 3, 3, 3, 3], [1, 2, 3, 4, 4, 1, 0]])
+    intervals = np.asarray(segment_intervals(7, xp.asarray(segments)))
+    for row, ids in enumerate(segments):
+        for i in range(7):
+            run = [j for j in range(7) if len(set(ids[min(i, j) : max(i, j) + 1])) == 1]
+            assert intervals[row, i].tolist() == [run[0], run[-1] + 1]
+    assert segment_intervals(7).tolist() == [[[0, 7]] * 7]

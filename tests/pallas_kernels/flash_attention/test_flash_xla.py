@@ -207,3 +207,20 @@ def test_memory_of_loops_grows_with_length_not_its_square():
 )
 def test_tiles_fit_the_length(length, expected):
     assert XlaConfig().tiles(length, length) == expected
+
+
+@pytest.mark.parametrize("segmented", [False, True])
+def test_an_encoder_sees_all_of_its_segment(segmented):
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(2, 20, 2, 8)).astype(np.float32) for _ in range(3))
+    segments = np.repeat([[1, 2, 0], [1, 1, 2]], [7, 9, 4], axis=1).astype(np.int32)
+    config = XlaConfig(block=8)
+    ids = jnp.asarray(segments) if segmented else None
+    out = flash_attention(q, k, v, segment_ids=ids, causal=False, implementation="xla", config=config)
+    seen = segments[:, :, None] == segments[:, None] if segmented else np.ones((2, 20, 20), bool)
+    logits = np.einsum("bqhd,bkhd->bqhk", *(x.astype(np.float64) for x in (q, k))) / np.sqrt(8)
+    weights = np.where(seen[:, :, None], np.exp(logits), 0)
+    expected = np.einsum("bqhk,bkhd->bqhd", weights / weights.sum(-1, keepdims=True), v)
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+    with pytest.raises(ValueError, match="window=3 with causal=False"):
+        flash_attention(q, k, v, causal=False, window=3)

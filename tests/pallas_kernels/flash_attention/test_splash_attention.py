@@ -17,6 +17,7 @@ CASES = {
     "window_scale": (256, 2, 1, 128, True, {"window": 40, "scale": 0.3}),
     "window_beyond_length": (128, 2, 2, 64, False, {"window": 1000}),
     "softcap": (256, 2, 2, 64, False, {"softcap": 3.0}),
+    "encoder": (128, 2, 2, 64, True, {"causal": False}),
 }
 
 

@@ -1,0 +1,89 @@
+"""The encoder: who sees whom, what its heads read, and that its parameters are what cost and names say."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from training_cases import initial_params
+
+from ml.errors import UserError
+from ml.models import EncoderConfig, SelfAttention, Transformer, bert_config, head_params, init_params, logical_axes
+from ml.models import module_of as module
+from ml.models.cost import forward_flops_per_token, parameter_count
+from ml.models.huggingface.names import leaf_shapes
+from ml.plan.flops import computed_flops
+
+CONFIG = bert_config(vocab_size=64, num_layers=2, embed_dim=16, num_heads=2, mlp_dim=32, max_length=16)
+CLASSIFIER = dataclasses.replace(CONFIG, encoder=EncoderConfig(num_classes=3))
+LENGTH = 8
+
+
+def shapes(config):
+    return jax.eval_shape(lambda: init_params(module(config), jax.random.key(0)))
+
+
+@pytest.fixture(scope="module")
+def hidden():
+    """``(tokens, segment_ids, token_types) -> hidden states``."""
+    params = initial_params(CONFIG)
+
+    @jax.jit
+    def run(tokens, segments, types):
+        strategy = SelfAttention(segments, causal=False)
+        return module(CONFIG).apply({"params": params}, tokens, strategy, types)[0]
+
+    return lambda *arrays: np.asarray(run(*(jnp.asarray(x, jnp.int32) for x in arrays)))
+
+
+def test_every_token_sees_its_whole_row_and_no_padding(hidden):
+    tokens = np.arange(1, 2 * LENGTH + 1).reshape(2, LENGTH)
+    segments = np.ones((2, LENGTH))
+    segments[1, 5:] = 0
+    types = np.zeros((2, LENGTH))
+    before = hidden(tokens, segments, types)
+    last, padding = tokens.copy(), tokens.copy()
+    last[0, -1] += 20
+    padding[1, 5:] += 20
+    assert (np.abs(hidden(last, segments, types) - before)[0] > 1e-4).any(axis=-1).all()
+    assert np.abs(hidden(padding, segments, types) - before)[1, :5].max() < 1e-6
+    second = types.copy()
+    second[:, 4:] = 1
+    assert (np.abs(hidden(tokens, segments, second) - before)[0] > 1e-4).any(axis=-1).all()
+
+
+@pytest.mark.parametrize("config", [CONFIG, CLASSIFIER], ids=["pretraining", "classifier"])
+def test_parameters_are_what_names_axes_and_cost_say(config):
+    made = {"/".join(key.key for key in path): leaf for path, leaf in jax.tree.leaves_with_path(shapes(config))}
+    assert {path: leaf.shape for path, leaf in made.items()} == leaf_shapes(config)
+    assert parameter_count(config).total == sum(leaf.size for leaf in made.values())
+    axes = logical_axes(config)
+    jax.tree.map(lambda names, leaf: len(names) == leaf.ndim or pytest.fail(str(names)), axes, shapes(config),
+                 is_leaf=lambda x: isinstance(x, tuple))  # fmt: skip
+
+
+def test_flops_are_those_of_the_program():
+    """The formula leaves out the pooler and the two small heads, which one token in a row has."""
+
+    def run(params, tokens):
+        out, _ = module(CONFIG).apply(
+            {"params": params}, tokens, SelfAttention(implementation="reference", causal=False)
+        )
+        return module(CONFIG).apply({"params": head_params(CONFIG, params)}, out[:, :3], method="logits")
+
+    jaxpr = jax.make_jaxpr(run)(shapes(CONFIG), jax.ShapeDtypeStruct((4, LENGTH), jnp.int32))
+    assert computed_flops(jaxpr) == pytest.approx(4 * LENGTH * forward_flops_per_token(CONFIG, LENGTH, 3), rel=1e-6)
+
+
+def test_kernels_begin_as_the_paper_says():
+    params = jax.jit(lambda key: init_params(module(CONFIG), key))(jax.random.key(0))
+    for name in ("query", "out"):
+        assert np.std(params["layers"]["attention"][name]["kernel"]) == pytest.approx(0.02, rel=0.2)
+
+
+def test_an_encoder_is_no_decoder():
+    with pytest.raises(UserError, match="encoder"):
+        Transformer(CONFIG).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    with pytest.raises(ValueError, match="tie_embeddings=False is not what an encoder has"):
+        dataclasses.replace(CONFIG, tie_embeddings=False)
