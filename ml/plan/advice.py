@@ -102,14 +102,15 @@ def advise(
     parameters = non_embedding_parameters(config.model)
     law = STEP_LAW.batch_tokens.at(tokens)
     target, source, interval, notes = _target_batch(config, tokens, law, noise, global_batch)
+    chosen: dict[str, Any]
     if topology is not None:
         batch, plan, count = _planned(config, topology, target / length, global_batch)
-        split = _planned_split(plan, topology, count)
+        split, chosen = _planned_split(plan, topology, count), plan.overrides
     else:
         batch, microbatches = _split_here(config, target / length, global_batch, batch_shards)
         rows = batch // microbatches
         text = f"microbatches of {rows} sequences as in the config; --topology plans the split by memory"
-        split, plan = [Number("microbatches", microbatches, "", text)], None
+        split, chosen = [Number("microbatches", microbatches, "", text)], {"train.microbatches": microbatches}
     steps = tokens // (batch * length)
     if steps < _FEWEST_STEPS:
         raise UserError(
@@ -129,7 +130,7 @@ def advise(
     overrides = {
         "train.steps": steps,
         "train.batch_size": batch,
-        **(plan.overrides if plan else {"train.microbatches": int(split[0].value)}),
+        **chosen,
         **rate_overrides,
         "schedule.warmup_steps": int(warmup.value),
         "schedule.warmup_fraction": 0.0,

@@ -13,7 +13,6 @@ import dataclasses
 import math
 import os
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -119,8 +118,7 @@ class LossCurve:
         Raises:
           ValueError: fitted without a bootstrap.
         """
-        named: list[dict[str, Any]] = [dict(zip(NAMES, sample, strict=True)) for sample in self.samples]
-        fits = [dataclasses.replace(self, **constants) for constants in named]
+        fits = (dataclasses.replace(self, **dict(zip(NAMES, sample, strict=True))) for sample in self.samples)
         return self._bounds([float(fit.predict(parameters, batch_tokens, [steps])[0]) for fit in fits], share)
 
     def _bounds(self, values: list[float], share: float) -> tuple[float, float]:
@@ -150,15 +148,14 @@ def fit(curves: Sequence[Curve], *, bootstrap: int = 100, seed: int = 0) -> Loss
     x, y, lengths = _points(curves)
     best = _refined(_staged(curves), x, y)
     residuals = np.split(y - _log_loss(best, x), np.cumsum(lengths)[:-1])
-    rng = np.random.default_rng(seed)
-    samples: list[tuple[float, ...]] = []
+    rng, samples = np.random.default_rng(seed), []
     while len(samples) < bootstrap:
         drawn = [curves[i] for i in rng.integers(len(curves), size=len(curves))]
         if _enough(drawn):
             samples.append(_constants(_refined(best, *_points(drawn)[:2])))
-    named: dict[str, Any] = dict(zip(NAMES, _constants(best), strict=True))
+    a_n, n_c, a_b, b_0, a_s, s_c = _constants(best)
     return LossCurve(
-        **named,
+        *(a_n, n_c, a_b, b_0, a_s, s_c),
         residuals=tuple(tuple(part.tolist()) for part in residuals),
         samples=tuple(samples),
     )

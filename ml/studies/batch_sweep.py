@@ -23,7 +23,8 @@ class Plan:
       rates: for each optimizer, where the search for its best rate begins.
       factors: of that beginning, ascending; the search goes on beyond them while the best rate is the outermost.
       seeds: of parameters and order.
-      tuning_seed: which none of ``seeds`` is, or the tuned batch would be flattered.
+      tuning_seeds: a rate is judged by its mean loss over these; none of ``seeds`` is among them, or the tuned batch
+        would be flattered.
       ceiling: a loss above it, or none at all, counts as this much.
     """
 
@@ -31,8 +32,8 @@ class Plan:
     rates: Mapping[str, float]
     ceiling: float
     factors: tuple[float, ...] = (0.5, 1.0, 2.0)
-    seeds: tuple[int, ...] = (1, 2, 3)
-    tuning_seed: int = 0
+    seeds: tuple[int, ...] = (1, 2, 3, 4)
+    tuning_seeds: tuple[int, ...] = (11, 12, 13)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,12 +87,13 @@ def sweep(plan: Plan, make_training: Callable[[str, int], Training], tokens: int
     """
     losses: dict[str, dict[int, tuple[float, ...]]] = {}
     tuning: dict[str, dict[float, float]] = {}
-    searched = len(plan.factors) + 1  # a guess: how far a search goes is not known before
-    with ProgressDisplay(len(plan.rates) * (searched + len(plan.batch_sizes) * len(plan.seeds))) as progress:
+    # A guess: a search may go further.
+    runs = len(plan.factors) * len(plan.tuning_seeds) + len(plan.batch_sizes) * len(plan.seeds)
+    with ProgressDisplay(len(plan.rates) * runs) as progress:
         counted = _Counted(progress, plan.ceiling, tokens)
         for name, rate in plan.rates.items():
             training = counted(make_training(name, plan.batch_sizes[0]))
-            tuning[name] = tune(training, [rate * factor for factor in plan.factors], plan.tuning_seed)
+            tuning[name] = tune(training, [rate * factor for factor in plan.factors], plan.tuning_seeds)
             best = min(tuning[name], key=tuning[name].__getitem__)
             losses[name] = {}
             for size in plan.batch_sizes:
@@ -101,15 +103,19 @@ def sweep(plan: Plan, make_training: Callable[[str, int], Training], tokens: int
     return Sweep(plan, losses, tuning)
 
 
-def tune(training: Training, rates: Sequence[float], seed: int) -> dict[float, float]:
-    """Losses by rate: at ``rates`` (ascending), then outwards in steps of two until the best is not the outermost."""
-    losses = {rate: training(rate, seed) for rate in rates}
+def tune(training: Training, rates: Sequence[float], seeds: Sequence[int]) -> dict[float, float]:
+    """Mean losses by rate: at ``rates`` (ascending), and outwards in steps of two while the best is the outermost."""
+
+    def loss_at(rate: float) -> float:
+        return statistics.fmean(training(rate, seed) for seed in seeds)
+
+    losses = {rate: loss_at(rate) for rate in rates}
     while True:
         best = min(losses, key=losses.__getitem__)
         if best == min(losses):
-            losses[best / 2] = training(best / 2, seed)
+            losses[best / 2] = loss_at(best / 2)
         elif best == max(losses):
-            losses[best * 2] = training(best * 2, seed)
+            losses[best * 2] = loss_at(best * 2)
         else:
             return dict(sorted(losses.items()))
 

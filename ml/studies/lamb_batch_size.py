@@ -48,7 +48,7 @@ SETTINGS: Mapping[Budget, Setting] = {
         rows=4096,
         heldout_rows=1024,
         warmup_steps=12,
-        plan=Plan((4, 16, 64), {"lamb": 0.01, "adamw": 0.004, "lars": 0.01}, _UNIFORM),
+        plan=Plan((4, 16, 64), {"lamb": 0.02, "adamw": 0.003, "lars": 0.02}, _UNIFORM),
     ),
     "gpu": Setting(
         model=byte_model(num_layers=6, embed_dim=384, num_heads=6, length=128),
@@ -118,9 +118,9 @@ def _setup(setting: Setting) -> str:
         f"A transformer of {model.num_layers} x {model.embed_dim} reads {setting.rows:,} rows of {model.max_length} "
         f"bytes of the standard library's source once, in batches of {', '.join(map(str, sizes))} rows ({steps} steps, "
         f"{setting.warmup_steps} of them warm-up, then linear decay to 0). Rates are tuned at batch {sizes[0]} with "
-        f"another seed, in steps of two. Counted is the loss on {setting.heldout_rows:,} rows of other files. Holds if "
-        "LAMB loses less than each of the others by more than two standard errors of the difference, paired by seed; "
-        "shown is the one that comes nearest."
+        f"{len(setting.plan.tuning_seeds)} other seeds, in steps of two. Counted is the loss on "
+        f"{setting.heldout_rows:,} rows of other files. Holds if LAMB loses less than each of the others by more than "
+        "two standard errors of the difference, paired by seed; shown is the one that comes nearest."
     )
 
 

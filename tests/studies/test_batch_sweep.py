@@ -13,13 +13,13 @@ def test_a_search_goes_on_until_the_best_rate_is_enclosed(best):
     tried = []
 
     def training(rate, seed):
-        tried.append(rate)
-        assert seed == 7
-        return abs(math.log2(rate / best))
+        tried.append((rate, seed))
+        # One seed alone would choose the smallest rate there is.
+        return abs(math.log2(rate / best)) + (30 if seed == 7 else -30) * rate
 
-    losses = tune(training, [0.16, 0.32, 0.64], 7)
+    losses = tune(training, [0.16, 0.32, 0.64], (7, 8))
     assert min(losses, key=losses.get) == pytest.approx(best)
-    assert list(losses) == sorted(tried) and len(tried) == len(set(tried)), "each once, in order"
+    assert sorted(tried) == [(rate, seed) for rate in losses for seed in (7, 8)], "each once, in order"
     assert min(losses) < 0.9 * best and max(losses) > 1.1 * best
 
 
@@ -35,12 +35,12 @@ def test_a_sweep_tunes_at_the_smallest_batch_and_counts_divergence_as_the_ceilin
 
         return training
 
-    plan = Plan((4, 16, 64), {"a": 0.1, "b": 0.2}, ceiling=9.0)
+    plan = Plan((4, 16, 64), {"a": 0.1, "b": 0.2}, ceiling=9.0, seeds=(1, 2, 3))
     swept = sweep(plan, make_training, tokens=1)
     assert swept.rate("a") == swept.rate("b") == pytest.approx(0.2)
-    tuning = [call for call in calls if call[3] == plan.tuning_seed]
+    tuning = [call for call in calls if call[3] in plan.tuning_seeds]
     assert {size for _, size, _, _ in tuning} == {4}
-    rest = [call for call in calls if call[3] != plan.tuning_seed]
+    rest = [call for call in calls if call[3] not in plan.tuning_seeds]
     assert {rate for _, _, rate, _ in rest} == {0.2} and len(rest) == 2 * 3 * 3
     assert swept.losses["a"][16] == pytest.approx((0.26, 0.36, 0.46))
     assert swept.losses["a"][64] == swept.losses["b"][64] == (9.0, 9.0, 9.0)
