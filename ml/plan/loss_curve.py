@@ -13,6 +13,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -118,7 +119,8 @@ class LossCurve:
         Raises:
           ValueError: fitted without a bootstrap.
         """
-        fits = (dataclasses.replace(self, **dict(zip(NAMES, sample, strict=True))) for sample in self.samples)
+        named: list[dict[str, Any]] = [dict(zip(NAMES, sample, strict=True)) for sample in self.samples]
+        fits = [dataclasses.replace(self, **constants) for constants in named]
         return self._bounds([float(fit.predict(parameters, batch_tokens, [steps])[0]) for fit in fits], share)
 
     def _bounds(self, values: list[float], share: float) -> tuple[float, float]:
@@ -148,7 +150,8 @@ def fit(curves: Sequence[Curve], *, bootstrap: int = 100, seed: int = 0) -> Loss
     x, y, lengths = _points(curves)
     best = _refined(_staged(curves), x, y)
     residuals = np.split(y - _log_loss(best, x), np.cumsum(lengths)[:-1])
-    rng, samples = np.random.default_rng(seed), []
+    rng = np.random.default_rng(seed)
+    samples: list[tuple[float, ...]] = []
     while len(samples) < bootstrap:
         drawn = [curves[i] for i in rng.integers(len(curves), size=len(curves))]
         if _enough(drawn):

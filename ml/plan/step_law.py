@@ -248,7 +248,7 @@ def _fitted(
     logs, target = np.log(inputs), np.log(y)
     center = logs.mean(axis=0)
     design = np.column_stack([np.ones(len(logs)), logs - center])
-    fits = []
+    fits: list[np.ndarray] = []
     while len(fits) < bootstrap:
         drawn = rng.integers(len(target), size=len(target))
         solution, _, rank, _ = np.linalg.lstsq(design[drawn], target[drawn])

@@ -124,7 +124,7 @@ def measure(setting: Setting) -> Found:
             first = setting.rate * math.sqrt(size / setting.probe_batch)
             candidates, cached = [first / 2, first, 2 * first], functools.cache(to_target)
             list(pool.map(cached, candidates, [0] * len(candidates)))  # at the same time
-            tried = tune(cached, candidates, 0)
+            tried = tune(cached, candidates, (0,))
             rates[size] = min(tried, key=tried.__getitem__)
             steps[size] = tuple(pool.map(to_target, [rates[size]] * len(setting.seeds), setting.seeds))
             tokens = size * most * length

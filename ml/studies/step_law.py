@@ -95,7 +95,7 @@ def measure(setting: Setting) -> Losses:
             first = setting.rate * math.sqrt(batch / setting.batches[count][0])
             candidates = [first / 2, first, 2 * first]
             list(pool.map(training, candidates, [0] * len(candidates)))  # at the same time
-            tried = tune(training, candidates, 0)
+            tried = tune(training, candidates, (0,))
             best = min(tried, key=tried.__getitem__)
             found = tuple(pool.map(training, [best] * len(setting.seeds), setting.seeds))
             losses.setdefault((width, count), {})[batch] = found
