@@ -78,6 +78,8 @@ def segment_intervals(length: int, segment_ids: Int[Array | np.ndarray, "batch l
     changes = segment_ids[:, 1:] != segment_ids[:, :-1]
     begin = xp.where(xp.pad(changes, ((0, 0), (1, 0))), index, 0)
     end = xp.where(xp.pad(changes, ((0, 0), (0, 1))), index + 1, length)
+    start: Any
+    stop: Any
     if xp is np:
         start, stop = np.maximum.accumulate(begin, 1), np.minimum.accumulate(end[:, ::-1], 1)[:, ::-1]
     else:
