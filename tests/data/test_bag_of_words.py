@@ -6,8 +6,8 @@ import random
 import pytest
 
 from ml.data import DataConfig, LabelledConfig, SourceConfig, prepare
+from ml.data.bag_of_words import bag_of_words
 from ml.errors import UserError
-from scripts.bag_of_words import bag_of_words
 
 
 def test_words_that_tell_the_label_do(tmp_path):
