@@ -125,7 +125,7 @@ def test_the_update_is_the_gradient_of_the_textbook_loss_however_the_batch_is_cu
     step, state = step_and_state(microbatches=microbatches)
     after, metrics = step(state, cut(make_batch(), microbatches))
     scalars, gradient = expected
-    assert distance(change(state.params, after.params), gradient) < 1e-4
+    assert distance(change(state.params, after.params), gradient) < 1e-3
     for name, value in scalars.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
     assert metrics["tokens"] == make_batch()["segment_ids"].sum()
