@@ -127,11 +127,15 @@ def check(model_name, optimizer_name, mesh, tolerance):
     return copies
 
 
-# Between them: every mesh, experts, windows that alternate, tied embeddings, learned positions, and biases.
+# What they do, `2x2x2`, `slices` and `stages_zero2` do too.
+_AS_OTHERS = {"8x1x1", "2x4x1", "zero3", "stages"}
+
+
+# Between them: all kinds of meshes, experts, windows that alternate, tied embeddings, learned positions, and biases.
 @pytest.mark.parametrize(
     ("model", "mesh"),
-    [("moe", mesh) for mesh in MESHES]
-    + [("gemma", mesh) for mesh in ("zero1", "zero2", "ring", "long", "stages_long")]
+    [("moe", mesh) for mesh in MESHES if mesh not in _AS_OTHERS]
+    + [("gemma", mesh) for mesh in ("zero1", "ring", "stages_long")]
     + [("gpt2", mesh) for mesh in ("2x2x2", "zero2", "long", "stages")],
 )
 def test_the_same_loss_and_gradient_on_every_mesh(model, mesh):
@@ -142,8 +146,11 @@ def test_the_same_loss_and_gradient_on_every_mesh(model, mesh):
 _COPIES = {"lamb": 2, "lars": 1, "adamw": 2, "sgd": 1, "muon": 1}
 
 
-@pytest.mark.parametrize("mesh", ["2x2x2", "zero1", "stages_zero2"])
-@pytest.mark.parametrize("name", ["lamb", "lars", "adamw", "adafactor", "muon"])
+@pytest.mark.parametrize(
+    ("name", "mesh"),
+    [(name, "2x2x2") for name in ("lamb", "lars", "adamw", "adafactor", "muon")]
+    + [("lamb", "zero1"), ("muon", "zero1"), ("lamb", "stages_zero2")],
+)
 def test_the_same_update_on_every_mesh(name, mesh):
     assert check("dense", name, mesh, 1e-5) >= _COPIES.get(name, 0)
 
