@@ -201,7 +201,9 @@ def test_the_hazard_s_product_keeps_its_left_operand_in_registers(bench, tmp_pat
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("kernel", ["flash", "paged", "shared_prefix"])
+@pytest.mark.parametrize(
+    "kernel", ["flash", *(pytest.param(k, marks=pytest.mark.slow) for k in ("paged", "shared_prefix"))]
+)
 def test_what_is_measured_on_a_gpu_compiles_for_one(bench, kernel, absent_gpus):
     """The programs of ours at small sizes, all but those that a peer's library or a device must be there for."""
     module = importlib.import_module(f"kernel_bench.{kernel}")
