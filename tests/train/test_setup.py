@@ -122,7 +122,7 @@ def test_how_experts_are_trained_may_differ_but_not_whether_they_have_a_bias(par
     save_workdir(tmp_path / "experts", model, jax.tree.map(jnp.asarray, initial_params(model)))
     changes = donor[0] | {"train__init_from": str(tmp_path / "experts")}
     other = {"num_experts": 4, "top_k": 2, "mlp_dim": 8, "aux_loss_weight": 0.5, "balance_over": "batch"}
-    assert start(parts(**changes, model__moe=other), tmp_path)[1] == 0
+    assert start(parts(**changes, model__moe=other), tmp_path)[1] == {}
     with pytest.raises(UserError, match=r"has moe=.*bias_update_rate': 0.0.* but .*bias_update_rate': 0.001"):
         start(parts(**changes, model__moe=other | {"bias_update_rate": 0.001}), tmp_path)
 
