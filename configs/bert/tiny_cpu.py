@@ -2,8 +2,9 @@
 
 Command:  python scripts/train.py --config=configs/bert/tiny_cpu.py --workdir=runs/bert_tiny
 Hardware: any CPU; no network.
-Time:     TODO
-Expect:   TODO
+Time:     500 steps of 4,096 tokens; 1.3 s a step on 2 cores that were shared with other work.
+Expect:   held-out loss of 6.50 and accuracy of masked tokens of 0.051 after 100 steps (measured); the loss was still
+          falling, and the later steps have not been measured.
 """
 
 from ml_collections import ConfigDict
