@@ -13,7 +13,6 @@ import dataclasses
 import math
 import os
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -119,8 +118,7 @@ class LossCurve:
         Raises:
           ValueError: fitted without a bootstrap.
         """
-        named: list[dict[str, Any]] = [dict(zip(NAMES, sample, strict=True)) for sample in self.samples]
-        fits = [dataclasses.replace(self, **constants) for constants in named]
+        fits = map(_law, self.samples)
         return self._bounds([float(fit.predict(parameters, batch_tokens, [steps])[0]) for fit in fits], share)
 
     def _bounds(self, values: list[float], share: float) -> tuple[float, float]:
@@ -156,9 +154,8 @@ def fit(curves: Sequence[Curve], *, bootstrap: int = 100, seed: int = 0) -> Loss
         drawn = [curves[i] for i in rng.integers(len(curves), size=len(curves))]
         if _enough(drawn):
             samples.append(_constants(_refined(best, *_points(drawn)[:2])))
-    a_n, n_c, a_b, b_0, a_s, s_c = _constants(best)
-    return LossCurve(
-        *(a_n, n_c, a_b, b_0, a_s, s_c),
+    return dataclasses.replace(
+        _law(_constants(best)),
         residuals=tuple(tuple(part.tolist()) for part in residuals),
         samples=tuple(samples),
     )
@@ -208,6 +205,11 @@ def critical_batch(batch_tokens: Sequence[float], steps: Sequence[float]) -> tup
     start = [float(np.mean(np.log(b))), math.log(s.min())]
     found = optimize.least_squares(error, start, loss="soft_l1", f_scale=0.1).x
     return math.exp(found[0]), math.exp(found[1])
+
+
+def _law(constants: Sequence[float]) -> LossCurve:
+    a_n, n_c, a_b, b_0, a_s, s_c = constants
+    return LossCurve(a_n, n_c, a_b, b_0, a_s, s_c)
 
 
 def _enough(curves: Sequence[Curve]) -> bool:

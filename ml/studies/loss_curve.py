@@ -37,8 +37,8 @@ class Setting:
       held_out: width of the model that is predicted.
       steps: of each run, by batch size in rows.
       held_out_batches: batch sizes at which it is trained.
-      rates: learning rates to choose from at the middle width, for the smallest batch; elsewhere they grow with the
-        square root of the batch.
+      rates: learning rates to choose from for each model and batch, ascending, at the smallest batch; elsewhere they
+        grow with the square root of the batch.
       warmup_steps: then the rate is constant.
       first_step: where curves begin.
       seeds: of parameters and order; constants are fitted, and a curve predicted, for each.
@@ -62,9 +62,9 @@ SETTINGS: Mapping[Budget, Setting] = {
         length=32,
         widths=(12, 20, 32),
         held_out=64,
-        steps={4: 900, 16: 500, 64: 250},
+        steps={4: 800, 16: 450, 64: 220},
         held_out_batches=(16,),
-        rates=(0.0025, 0.005, 0.01),
+        rates=(0.0012, 0.0025, 0.005),
         warmup_steps=10,
         first_step=40,
     ),
@@ -89,12 +89,12 @@ class Found:
     Attributes:
       small: curves of the small models.
       large: curves of the held-out model, one for each batch size.
-      rates: by batch size.
+      rates: the best of those that were tried, by width and batch size.
     """
 
     small: Mapping[int, tuple[Curve, ...]]
     large: Mapping[int, tuple[Curve, ...]]
-    rates: Mapping[int, float]
+    rates: Mapping[tuple[int, int], float]
 
 
 def run(budget: Budget) -> Outcome:
@@ -108,26 +108,22 @@ def study(setting: Setting) -> Outcome:
 
 
 def measure(setting: Setting) -> Found:
-    """All runs: rates chosen at the middle width, then the small models, then the large one."""
+    """All runs: for each model and batch, the rate is chosen with a seed of its own, then every seed is trained."""
     rows, _ = byte_rows(max(size * steps for size, steps in setting.steps.items()), 1, setting.length)
-    middle = setting.widths[len(setting.widths) // 2]
     jobs = [(width, size) for width in setting.widths for size in setting.steps]
     jobs += [(setting.held_out, size) for size in setting.held_out_batches]
-    jobs.sort(key=lambda job: job[0] != middle)  # that of the rates comes first
-    rates: dict[int, float] = {}
+    rates: dict[tuple[int, int], float] = {}
     small: dict[int, list[Curve]] = {seed: [] for seed in setting.seeds}
     large: dict[int, list[Curve]] = {seed: [] for seed in setting.seeds}
     smallest = min(setting.steps)
     with ProgressDisplay(len(jobs)) as progress, ThreadPoolExecutor(os.cpu_count()) as pool:
         for done, (width, size) in enumerate(jobs, 1):
             losses = _losses(setting, width, size, rows)
-            if width == middle:
-                tried = [rate * math.sqrt(size / smallest) for rate in setting.rates]
-                ends = pool.map(lambda rate, losses=losses: _finite(smoothed(losses(rate, 0))[-1]), tried)
-                rates[size] = min(zip(ends, tried, strict=True))[1]
-            for seed, curve in zip(
-                setting.seeds, pool.map(losses, [rates[size]] * len(setting.seeds), setting.seeds), strict=True
-            ):
+            tried = [rate * math.sqrt(size / smallest) for rate in setting.rates]
+            ends = [_end(curve) for curve in pool.map(losses, tried, [0] * len(tried))]
+            best = rates[width, size] = min(zip(ends, tried, strict=True))[1]
+            curves = pool.map(losses, [best] * len(setting.seeds), setting.seeds)
+            for seed, curve in zip(setting.seeds, curves, strict=True):
                 side = large if width == setting.held_out else small
                 side[seed].append(_curve(setting, width, size, curve))
             progress.update(done, loss=float(curve[-1]), tokens=len(setting.seeds) * len(curve) * size * setting.length)
@@ -145,7 +141,9 @@ def _losses(setting: Setting, width: int, size: int, rows: np.ndarray) -> Callab
     return lambda rate, seed: curve(rate, seed)["loss"]
 
 
-def _finite(loss: float) -> float:
+def _end(losses: np.ndarray) -> float:
+    """The loss over the last eighth, to compare rates by."""
+    loss = float(losses[-(len(losses) // 8) :].mean())
     return loss if math.isfinite(loss) else math.inf
 
 
@@ -189,7 +187,7 @@ def judge(setting: Setting, found: Found) -> Outcome:
             "constants": {str(seed): dict(zip(_NAMES, law.constants, strict=True)) for seed, law in laws.items()},
             "rms_residual_percent": {str(seed): 100 * law.rms_residual for seed, law in laws.items()},
             "control_error_percent": list(control),
-            "rates": {str(size): rate for size, rate in found.rates.items()},
+            "rates": {f"{width}x{size}": rate for (width, size), rate in found.rates.items()},
         },
     )
 
@@ -226,7 +224,7 @@ def _setup(setting: Setting, control: float) -> str:
     return (
         f"Transformers of {setting.layers} layer(s) and widths {widths} read the standard library's source once, in "
         f"batches of {sizes} rows of {setting.length} bytes, with AdamW at a constant rate that was chosen for each "
-        f"batch at one width and another seed. The six constants are fitted to their smoothed losses from step "
+        f"width and batch with another seed. The six constants are fitted to their smoothed losses from step "
         f"{setting.first_step} on; predicted is the curve of width {setting.held_out} at batches of {held_out}, in "
         f"every seed. Holds if the largest error over all steps and seeds is below {_BOUND:.0f} percent. To compare: "
         f"the curve of width {setting.widths[-1]} itself is off by up to {control:.1f} percent (mean over seeds)."

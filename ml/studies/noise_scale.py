@@ -168,7 +168,7 @@ def judge(setting: Setting, found: Found) -> Outcome:
         tolerance=_FACTOR - 1,
         holds=holds,
         seeds=setting.seeds,
-        reason="" if holds else f"the noise scale is {ours.mean / swept.mean:.2g} times the critical batch",
+        reason="" if holds else _reason(setting, ours.mean / swept.mean),
         panels=(_panel(tokens, found, fits, ours.mean),),
         details={
             "steps_to_loss": {str(size): list(steps) for size, steps in found.steps.items()},
@@ -190,6 +190,15 @@ def _setup(setting: Setting, at_target: float) -> str:
         f"scale is the mean over the steps to that loss, at {setting.probe_batch * length:,} tokens in "
         f"{setting.probe_parts} microbatches (at the loss itself it is {at_target:,.0f}). Holds if the means over "
         "seeds agree within a factor of 2."
+    )
+
+
+def _reason(setting: Setting, ratio: float) -> str:
+    text = f"the noise scale is {ratio:.2g} times the critical batch"
+    if setting.optimizer == "sgd":
+        return text
+    return (
+        f"{text}; its theory is that of plain gradient descent, and does not know how {setting.optimizer} scales steps"
     )
 
 

@@ -25,7 +25,7 @@ def found(bend=1.0):
     small = tuple(curve(width, size) for width in SETTING.widths for size in SETTING.steps)
     large = tuple(curve(SETTING.held_out, size, bend) for size in SETTING.held_out_batches)
     seeds = SETTING.seeds
-    return Found(dict.fromkeys(seeds, small), dict.fromkeys(seeds, large), dict.fromkeys(SETTING.steps, 0.01))
+    return Found(dict.fromkeys(seeds, small), dict.fromkeys(seeds, large), {(12, 4): 0.01})
 
 
 def test_a_prediction_within_five_percent_holds():
