@@ -2,7 +2,7 @@
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 .SILENT:
-.PHONY: help env env-parity env-cuda quickstart test test-all test-parity test-oldest test-cuda gpu gpu-wheels
+.PHONY: help env env-parity env-cuda quickstart test test-all test-parity test-oldest test-cuda gpu gpu-wheels reproduce
 .PHONY: lint format typecheck clean
 
 # Two test processes fill two cores; more need about 2 GB of memory each.
@@ -59,6 +59,9 @@ gpu: ## on a machine with an H200 or H100: its tests and all kernel benchmarks i
 
 gpu-wheels: ## download what `make gpu` may lack on such a machine, to wheels/
 	$(GPU_PY) scripts/run_on_gpu.py --download
+
+reproduce: env ## measure the papers' claims at a size for this machine, rebuild docs/papers.md (half an hour or more)
+	$(PY) scripts/reproduce.py --all $(ARGS)
 
 lint: env ## check style and formatting (ruff)
 	$(PY) -m ruff check --quiet .
