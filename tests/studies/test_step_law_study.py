@@ -14,7 +14,7 @@ def losses(exponents):
     """Parabolas whose lowest points grow with the rows, by width; seeds differ a little."""
 
     def loss(width, rows, batch, shift):
-        best = 8 * (rows / SETTING.rows[0]) ** exponents[width] * shift
+        best = 3 * (rows / SETTING.rows[0]) ** exponents[width] * shift
         return 2 + 0.02 * math.log(batch / best) ** 2
 
     return {
