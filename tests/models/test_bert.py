@@ -76,6 +76,7 @@ def test_flops_are_those_of_the_program():
     assert computed_flops(jaxpr) == pytest.approx(4 * LENGTH * forward_flops_per_token(CONFIG, LENGTH, 3), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_kernels_begin_as_the_paper_says():
     drawn = jax.jit(lambda key: init_params(module(CONFIG), key)["layers"]["attention"])(jax.random.key(0))
     for name in ("query", "out"):
