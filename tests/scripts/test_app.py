@@ -84,7 +84,7 @@ def test_help_fits_a_screen_and_shows_an_example(name, flag):
     done = run(name, flag)
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
-    assert 4 <= len(lines) <= 24
+    assert 4 <= len(lines) <= 30
     assert any(line.startswith(f"  python scripts/{name} --") for line in lines)
     assert not any("absl" in line or "logtostderr" in line for line in lines)
 
