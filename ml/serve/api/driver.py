@@ -58,6 +58,7 @@ class _Entry:
     """A request that the engine has."""
 
     stream: Stream
+    sampling: SamplingParams
     submitted: float
     last: dict[int, float]
 
@@ -231,7 +232,7 @@ class Driver:
         else:
             try:
                 self._engine.add(prompt, sampling, stream.request_id)
-                self._entries[stream.request_id] = _Entry(stream, begin, {})
+                self._entries[stream.request_id] = _Entry(stream, sampling, begin, {})
             except UserError as error:
                 answer = error
             except Exception as error:
@@ -263,7 +264,7 @@ class Driver:
                 continue
             if update.sequence.index == 0:
                 entry.stream.cached = update.sequence.cached
-            if not entry.stream.prompt_logprobs:
+            if entry.sampling.prompt_logprobs is not None and not entry.stream.prompt_logprobs:
                 entry.stream.prompt_logprobs = self._engine.prompt_logprobs(update.sequence.request.id) or ()
             tokens, logprobs = list(update.tokens), logprobs or []
             if reason is FinishReason.STOP:

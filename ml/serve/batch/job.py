@@ -272,7 +272,7 @@ class Job:
             return  # it has ended here before the engine heard of that
         stop_token = update.finish_reason is FinishReason.STOP
         before = len(sample.tokens)
-        if not sample.prompt_logprobs:
+        if line.request.sampling[sample.prompt].prompt_logprobs is not None and not sample.prompt_logprobs:
             sample.prompt_logprobs = self._engine.prompt_logprobs(update.sequence.request.id) or ()
         sample.push(update.tokens[:-1] if stop_token else update.tokens, logprobs)
         self.counts.written += len(sample.tokens) - before

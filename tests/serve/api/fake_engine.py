@@ -62,9 +62,6 @@ class FakeEngine:
         self.most = max(self.most, self._unfinished)
         return self.samples[request_id]
 
-    def prompt_logprobs(self, request_id):
-        return None
-
     def cancel(self, request_id, index=None):
         self.threads.add(threading.get_ident())
         before = self.samples.pop(request_id, [])

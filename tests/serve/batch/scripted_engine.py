@@ -43,8 +43,7 @@ class ScriptedEngine:
         return [self.add(*each) for each in zip(prompts, samplings, request_ids, strict=True)]
 
     def prompt_logprobs(self, request_id):
-        if self._sampling[request_id].prompt_logprobs is None:
-            return None
+        assert self._sampling[request_id].prompt_logprobs is not None
         prompt = next(s for s in self._sequences if s.request.id == request_id).request.tokens
         return [None, *(TokenLogprobs(-0.125 * i, 2, {65: -0.0625}) for i in range(1, len(prompt)))]
 
