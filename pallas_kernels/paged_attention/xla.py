@@ -18,7 +18,9 @@ from pallas_kernels.paged_attention.xla_scores import seen
 from pallas_kernels.paged_attention.xla_tiles import attend_tiles
 
 # Bytes of keys in float32: chunks are no larger, and lanes are added until a step has work for all cores.
-_CHUNK_BYTES, _STEP_BYTES = 2**21, 2**19
+_CHUNK_BYTES, _STEP_BYTES = 2**19, 2**19
+# More of them only make steps larger than a core's cache.
+_MOST_LANES = 4
 # Tokens of a chunk of the rows that see no more.
 _SHORT = 128
 # Up to so many query heads, all of them times all keys cost less than to bring the keys of each head together.
@@ -56,9 +58,10 @@ def heuristic(query: Any, cache: PagedCache, block_table: Any) -> XlaConfig:
     longest = block_table.shape[1] * cache.page_size
     tile = min(max(256 // group, 1), _ceil_power(query.shape[0]))
     if query.shape[1] <= _WIDE_HEADS or group == 1:
-        return XlaConfig(lanes=1, chunk=min(_SHORT, _ceil_power(longest)), tile=tile, wide=True)
+        lanes = min(_MOST_LANES, block_table.shape[0])
+        return XlaConfig(lanes=lanes, chunk=min(_SHORT, _ceil_power(longest)), tile=tile, wide=True)
     chunk = min(max(_floor_power(_CHUNK_BYTES // per_token), 128), 512, _ceil_power(longest))
-    lanes = min(max(_STEP_BYTES // (chunk * per_token), 1), 4, block_table.shape[0])
+    lanes = min(max(_STEP_BYTES // (chunk * per_token), 1), _MOST_LANES, block_table.shape[0])
     return XlaConfig(lanes=lanes, chunk=chunk, tile=tile)
 
 
@@ -109,7 +112,7 @@ def attend(
     few = min(_SHORT, config.chunk)
     short = (high - low <= few) | (few == config.chunk)
     rows_options = {"wide": config.wide, **scores}
-    lanes = min(config.lanes * config.chunk // few, 4, alone.size)
+    lanes = min(config.lanes * config.chunk // few, _MOST_LANES, alone.size)
     out, lse = attend_rows(*operands, alone & short, lanes=lanes, chunk=few, **rows_options)
     if few < config.chunk:
         long = alone & ~short
