@@ -268,7 +268,7 @@ def test_config():
     assert found == XlaConfig(lanes=1, chunk=128, tile=64)
     narrow = PagedCache.zeros(1, 4, 16, 4, 64, "bfloat16")
     found = heuristic(jnp.zeros((64, 8, 64)), narrow, jnp.zeros((64, 256), jnp.int32))
-    assert found == XlaConfig(lanes=4, chunk=128, tile=128, wide=True)
+    assert found == XlaConfig(lanes=4, chunk=128, tile=64, wide=True)
 
 
 def test_the_cache_is_not_copied():
