@@ -120,7 +120,7 @@ def parse_config(values: Mapping[str, Any], source: str = "config.json") -> tupl
     fields.refuse_if("add_cross_attention")
     fields.refuse_if("auto_map", why="means custom code, which is never run; use a supported architecture's own files")
     try:
-        config = {"gpt2": _read_gpt2, "bert": _read_bert}.get(family, _read_llama_like)(fields)
+        config = READERS.get(family, read_llama_like)(fields)
     except ValueError as error:
         raise UserError(f"{source}: {error}") from error
     fields.finish()
@@ -181,7 +181,8 @@ def _read_bert(fields: _Fields) -> TransformerConfig:
     )
 
 
-def _read_llama_like(fields: _Fields) -> TransformerConfig:
+def read_llama_like(fields: _Fields) -> TransformerConfig:
+    """Reads what Llama's lineage calls things; a family that differs in a little calls this and replaces that."""
     family, gemma = fields.family, fields.family.startswith("gemma")
     embed, heads = fields("hidden_size", int), fields("num_attention_heads", int)
     layers, max_length = fields("num_hidden_layers", int), fields("max_position_embeddings", int)
@@ -272,8 +273,8 @@ def _read_moe(fields: _Fields) -> MoEConfig:
 def _read_window(fields: _Fields, layers: int) -> tuple[int | None, tuple[str, ...]]:
     """Sliding window, and the pattern of layers that have it (empty: all of them)."""
     family = fields.family
-    if family in ("llama", "gemma"):
-        return None, ()
+    if not family.startswith(("mistral", "mixtral", "qwen", "gemma2", "gemma3")):
+        return None, ()  # what such a file says of windows all the same, nobody reads, and it is refused
     if family in ("mistral", "mixtral"):
         window = fields("sliding_window", int, None, null=True)
         fields.refuse_if("layer_types", lambda kinds: len(set(kinds)) > 1, f"{family} layers cannot differ in")
@@ -320,3 +321,7 @@ def _activation(fields: _Fields, name: str) -> str:
     if value not in ACTIVATIONS:
         raise fields.error(name, f"is {value!r}; supported: {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[value]
+
+
+# Families that are read in a way of their own; all others are `read_llama_like`.
+READERS: dict[str, Callable[[_Fields], TransformerConfig]] = {"gpt2": _read_gpt2, "bert": _read_bert}
