@@ -7,10 +7,34 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-import absl.logging
-from absl import app, flags
+# Before anything that another interpreter than the environment's would stumble over.
+if sys.version_info < (3, 11):  # noqa: UP036
+    print(
+        "error: this is Python %d.%d (%s); 3.11 or newer is needed: `make env` finds one, then . .venv/bin/activate"  # noqa: UP031
+        % (*sys.version_info[:2], sys.executable),
+        file=sys.stderr,
+    )
+    sys.exit(2)
+try:
+    import absl.logging
+    from absl import app, flags
 
-from ml.errors import UserError
+    from ml.errors import UserError
+except ModuleNotFoundError as missing:
+    print(
+        f"error: {missing.name} is not installed for {sys.executable}: `make env`, then . .venv/bin/activate",
+        file=sys.stderr,
+    )
+    sys.exit(2)
+
+# Packages that not everyone needs, and the extra of setup.cfg that brings them.
+_EXTRAS = {
+    "fastapi": "serve",
+    "llguidance": "serve",
+    "prometheus_client": "serve",
+    "uvicorn": "serve",
+    "libtpu": "preflight",
+}
 
 
 def run(main: Callable[[], None], *, usage: str) -> None:
@@ -21,7 +45,7 @@ def run(main: Callable[[], None], *, usage: str) -> None:
       usage: what ``--help`` prints above the flags: one sentence and an example.
     """
     _quiet_without_tpu()
-    logging.getLogger("jax._src.xla_bridge").setLevel(logging.ERROR)
+    logging.getLogger("jax._src.xla_bridge").addFilter(_without_noise)
     absl.logging.get_absl_handler().setFormatter(logging.Formatter("%(message)s"))
     app.run(lambda argv: _guard(main), flags_parser=lambda argv: _parse(argv, usage))
 
@@ -37,6 +61,21 @@ def _quiet_without_tpu() -> None:
     if not glob.glob("/dev/accel*") and not glob.glob("/dev/vfio/[0-9]*"):
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
         os.environ.setdefault("TPU_HOST_BOUNDS", "1,1,1")
+
+
+def _without_noise(record: logging.LogRecord) -> bool:
+    """Keeps back what JAX says while it looks for devices; of one that is here and unusable the user is told."""
+    text = record.getMessage()
+    for name, extra in (("NVIDIA GPU", "cuda13"), ("Google TPU", "tpu")):
+        if name in text and "Falling back to cpu" in text:
+            mend = f"pip install -e '.[{extra}]' (or say that you want the CPU: JAX_PLATFORMS=cpu)"
+            print(
+                f"note: the {name} that seems to be here is not used, since JAX lacks its plugin: {mend}",
+                file=sys.stderr,
+            )
+    if text.startswith("CUDA backend failed"):
+        print(f"note: the NVIDIA GPU here is not used: {text}", file=sys.stderr)
+    return record.levelno >= logging.ERROR
 
 
 def _parse(argv: Sequence[str], usage: str) -> list[str]:
@@ -69,6 +108,17 @@ def _guard(main: Callable[[], None]) -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         fail(f"{error.filename or 'output'}: disk full; free some space and run the same command again")
+    except ModuleNotFoundError as error:
+        name = (error.name or "").partition(".")[0]
+        if not name or name in ("ml", "pallas_kernels"):
+            raise
+        mend = f"pip install -e '.[{_EXTRAS[name]}]'" if name in _EXTRAS else "`make env`, then . .venv/bin/activate"
+        fail(f"{name} is not installed for {sys.executable}: {mend}")
+    except RuntimeError as error:
+        if not str(error).startswith("Unable to initialize backend"):
+            raise
+        mend = "pip install -e '.[cuda13]' for an NVIDIA GPU, '.[tpu]' for a TPU, or JAX_PLATFORMS=cpu"
+        fail(f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: {str(error).partition('(set JAX')[0]}; {mend}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -7,8 +7,8 @@ from pathlib import Path
 # Weights pass through the host only; a training job may own the accelerator.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import app
 from absl import flags
-from app import run
 
 from ml.checkpoint.pretrained import load_model, save_workdir
 from ml.errors import UserError
@@ -59,4 +59,4 @@ def _check_kind(folder: str, workdir: bool) -> None:
 
 
 if __name__ == "__main__":
-    run(main, usage=USAGE)
+    app.run(main, usage=USAGE)

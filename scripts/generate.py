@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import app
 from absl import flags
-from app import run
 from compiled import keep_compiled_programs
 
 from ml.data.tokenizer import Tokenizer
@@ -229,4 +229,4 @@ def _note(text: str) -> None:
 
 
 if __name__ == "__main__":
-    run(main, usage=USAGE)
+    app.run(main, usage=USAGE)

@@ -4,15 +4,12 @@ import dataclasses
 import os
 import sys
 
+import app
 from absl import flags
-from app import run
 from compiled import keep_compiled_programs
 
 from ml.errors import UserError
 from ml.serve import EngineConfig, ServedModel, make_engine, serving_mesh
-from ml.serve.api.app import create_app
-from ml.serve.api.listening import listen, serve
-from ml.serve.api.settings import ServerSettings
 from ml.serve.batch.sizing import cache_tokens
 from ml.serve.placement import MeshError
 from ml.serve.text.served_model import WEIGHTS, serving_dtype
@@ -71,6 +68,11 @@ _POOLING = flags.DEFINE_enum("pooling", "mean", ["mean", "last"], "What of a tex
 
 def main() -> None:
     """Loads, listens, serves until a signal."""
+    # Here, so that without the extra `serve` the error is one line.
+    from ml.serve.api.app import create_app
+    from ml.serve.api.listening import listen, serve
+    from ml.serve.api.settings import ServerSettings
+
     if not _MODEL.value:
         raise UserError("--model is missing: give a work directory or a Hugging Face folder (see serve.py --help)")
     bound = listen(_HOST.value, _PORT.value)  # first, since loading takes its time
@@ -123,14 +125,14 @@ def main() -> None:
         max_body=_MAX_BODY.value * 2**20,
         pooling="last" if _POOLING.value == "last" else "mean",
     )
-    app = create_app(model, engine, settings, capacity=_DATA.value * _MAX_RUNNING.value + _MAX_QUEUE.value)
+    server = create_app(model, engine, settings, capacity=_DATA.value * _MAX_RUNNING.value + _MAX_QUEUE.value)
     host, port = bound.getsockname()[:2]
 
     def ready() -> None:
         print(f"serving {model.name} on http://{host}:{port}", file=sys.stderr, flush=True)
 
-    serve(app, bound, drain_seconds=_DRAIN.value, ready=ready)
+    serve(server, bound, drain_seconds=_DRAIN.value, ready=ready)
 
 
 if __name__ == "__main__":
-    run(main, usage=USAGE)
+    app.run(main, usage=USAGE)
