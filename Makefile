@@ -3,7 +3,7 @@ MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 .SILENT:
 .PHONY: help env env-parity env-cuda quickstart test test-all test-parity test-oldest test-cuda gpu gpu-wheels reproduce
-.PHONY: lint format typecheck clean
+.PHONY: docs lint format typecheck clean
 
 # Two test processes fill two cores; more need about 2 GB of memory each.
 JOBS ?= 2
@@ -63,6 +63,9 @@ gpu-wheels: ## download what `make gpu` may lack on such a machine, to wheels/
 reproduce: env ## measure the papers' claims at a size for this machine, rebuild docs/papers.md (half an hour or more)
 	$(PY) scripts/reproduce.py --all $(ARGS)
 
+docs: env ## build the site, guides and API reference, in build/site; a broken link is an error
+	$(PY) -m sphinx -q -W --keep-going -b html docs build/site
+
 lint: env ## check style and formatting (ruff)
 	$(PY) -m ruff check --quiet .
 	$(PY) -m ruff format --quiet --check . || { echo "ruff format: files above would change; run make format" >&2; exit 1; }
@@ -75,5 +78,5 @@ typecheck: env ## check types (mypy)
 	$(PY) -m mypy --no-error-summary
 
 clean: ## remove caches and build leftovers; environments and runs/ stay
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .jax_cache
+	rm -rf build dist docs/reference *.egg-info .pytest_cache .ruff_cache .mypy_cache .jax_cache
 	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +

@@ -35,10 +35,12 @@ def is_committed(checkpoint: epath.Path) -> bool:
 
 
 def mark(directory: epath.Path, step: int) -> None:
+    """Leaves the sign that this step is not whole: it is being written or deleted."""
     (directory / f"{step}{_MARK}").write_text("")
 
 
 def unmark(directory: epath.Path, step: int) -> None:
+    """Takes the sign away."""
     (directory / f"{step}{_MARK}").unlink(missing_ok=True)
 
 

@@ -48,10 +48,12 @@ class Manifest:
 
 
 def path_of(checkpoint: epath.Path, process: int) -> epath.Path:
+    """Where a process's part of the manifest lies."""
     return checkpoint / ("manifest.json" if process == 0 else f"manifest.{process}.json")
 
 
 def is_local(path: epath.Path) -> bool:
+    """Whether a path is in a file system, and no URL."""
     return "://" not in str(path)
 
 

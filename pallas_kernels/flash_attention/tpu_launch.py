@@ -47,9 +47,11 @@ class Specs(NamedTuple):
     grouped: bool = False
 
     def queries(self) -> pl.BlockSpec:
+        """Of ``[batch, heads, queries, width]``, a tile."""
         return self._spec((None, None, self.block_q, self.width), lambda at: (at.entry, at.head, at.q_tile, 0))
 
     def keys(self) -> pl.BlockSpec:
+        """Of ``[batch, kv_heads, keys, width]``, a tile."""
         return self._spec((None, None, self.block_kv, self.width), lambda at: (at.entry, at.kv_head, at.kv_tile, 0))
 
     def rows(self, count: int) -> pl.BlockSpec:
@@ -57,13 +59,16 @@ class Specs(NamedTuple):
         return self._spec((None, None, count, self.block_q), lambda at: (at.entry, at.head, 0, at.q_tile))
 
     def intervals(self) -> pl.BlockSpec:
+        """Of ``[batch or 1, 2, queries]``, first and last key of each query of a tile."""
         return self._spec((None, 2, self.block_q), lambda at: (at.interval_entry, 0, at.q_tile))
 
     def queries_of_group(self) -> pl.BlockSpec:
+        """Of ``[batch, kv_heads, group, queries, width]``, a tile of all heads that share a key."""
         shape = (None, self.group, self.block_q, self.width)
         return self._spec(shape, lambda at: (at.entry, at.kv_head, at.q_tile, 0))
 
     def all_keys(self, keys: int) -> pl.BlockSpec:
+        """Of ``[batch, kv_heads, keys, width]``, all keys of a head."""
         return self._spec((None, None, keys, self.width), lambda at: (at.entry, at.kv_head, 0, 0))
 
     def _spec(self, shape: tuple[int | None, ...], index: Callable[[_Place], tuple]) -> pl.BlockSpec:

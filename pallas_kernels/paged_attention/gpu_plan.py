@@ -55,6 +55,7 @@ class Plan:
 
     @property
     def quantized(self) -> bool:
+        """Whether keys and values are kept in another type than is computed with."""
         return self.kept != self.dtype
 
     @property
@@ -85,5 +86,5 @@ def load(ref: Any, layout: Any) -> Any:
 
 
 def transposed(ref: Any) -> Any:
-    # JAX 0.10 has a function for it.
+    """A view of a matrix with its axes exchanged; JAX 0.10 has a function for it."""
     return ref.transpose((1, 0)) if _NEW else plgpu.transpose_ref(ref, (1, 0))

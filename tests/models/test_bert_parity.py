@@ -1,7 +1,5 @@
 """BERT's other heads and padding against transformers, which `test_huggingface_parity` leaves out; needs torch."""
 
-import importlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,14 +13,6 @@ pytestmark = pytest.mark.parity
 LENGTH, TOLERANCE = 24, 1e-4
 SIZES = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 4, "max_position_embeddings": 32}
-
-
-@pytest.fixture
-def transformers(request):
-    """Missing is a failure where parity was asked for, and a skip in a run of everything."""
-    if "parity" in request.config.option.markexpr:
-        return importlib.import_module("transformers")
-    return pytest.importorskip("transformers")
 
 
 def build(transformers, name, **fields):

@@ -36,14 +36,6 @@ def logits(folder, tokens):
     return np.asarray(jax.jit(lambda p, t: module_of(config).apply({"params": p}, t, method="forward"))(params, tokens))
 
 
-@pytest.fixture
-def transformers(request):
-    """Missing is a failure where parity was asked for, and a skip in a run of everything."""
-    if "parity" in request.config.option.markexpr:
-        return importlib.import_module("transformers")
-    return pytest.importorskip("transformers")
-
-
 @pytest.fixture(params=list(CASES))
 def case(request):
     return CASES[request.param]

@@ -40,6 +40,7 @@ class Tensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """As stored: that of its parts, put together."""
         first = self.parts[0].shape
         axis = min(self.axis, len(first) - 1)
         return (*first[:axis], sum(part.shape[axis] for part in self.parts), *first[axis + 1 :])

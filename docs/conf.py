@@ -1,0 +1,48 @@
+"""The static site: guides in Markdown, and the API reference from docstrings. `make docs` builds it, strictly."""
+
+import os
+import sys
+from importlib import metadata
+from pathlib import Path
+
+_HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(_HERE.parent), str(_HERE / "_extensions")]
+# Modules are imported for their docstrings; nothing is computed.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+project = "Megabatch"
+author = "The Megabatch authors"
+copyright = author
+version = release = metadata.version("megabatch")
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.apidoc",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "outside_links",
+]
+exclude_patterns = ["_build", "results", "pictures"]
+
+apidoc_modules = [
+    {"path": str(_HERE.parent / name), "destination": "reference", "separate_modules": True, "max_depth": 1}
+    for name in ("ml", "pallas_kernels")
+]
+apidoc_module_first = True
+autodoc_default_options = {"members": True, "show-inheritance": False, "member-order": "bysource"}
+# A docstring's shapes and types are those of the signature, which stays short without them.
+autodoc_typehints = "none"
+autodoc_preserve_defaults = True
+default_role = "code"
+napoleon_use_rtype = False
+napoleon_use_ivar = True
+
+myst_heading_anchors = 3
+nitpicky = False
+suppress_warnings = ["ref.python"]  # a name that several modules export
+
+html_theme = "furo"
+html_title = "Megabatch"
+html_static_path: list[str] = []
+html_show_sourcelink = False
