@@ -5,6 +5,7 @@ import glob
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 # Before anything that another interpreter than the environment's would stumble over.
@@ -99,6 +100,13 @@ def _own_flags() -> list[flags.Flag]:
     return sorted(flags.FLAGS.get_flags_for_module(sys.modules["__main__"]), key=lambda flag: flag.name)
 
 
+def _is_of_jaxs_devices(error: Exception) -> bool:
+    """Whether JAX found none of the devices that ``JAX_PLATFORMS`` names; without a plugin it merely asserts that."""
+    frames = traceback.extract_tb(error.__traceback__)
+    asserted = isinstance(error, AssertionError) and os.path.basename(frames[-1].filename) == "xla_bridge.py"
+    return asserted or str(error).startswith("Unable to initialize backend")
+
+
 def _guard(main: Callable[[], None]) -> None:
     try:
         main()
@@ -114,11 +122,12 @@ def _guard(main: Callable[[], None]) -> None:
             raise
         mend = f"pip install -e '.[{_EXTRAS[name]}]'" if name in _EXTRAS else "`make env`, then . .venv/bin/activate"
         fail(f"{name} is not installed for {sys.executable}: {mend}")
-    except RuntimeError as error:
-        if not str(error).startswith("Unable to initialize backend"):
+    except (RuntimeError, AssertionError) as error:
+        if not _is_of_jaxs_devices(error):
             raise
-        mend = "pip install -e '.[cuda13]' for an NVIDIA GPU, '.[tpu]' for a TPU, or JAX_PLATFORMS=cpu"
-        fail(f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: {str(error).partition('(set JAX')[0]}; {mend}")
+        asked = f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}"
+        why = str(error).partition(" (set JAX")[0] or "no such device, or JAX lacks its plugin"
+        fail(f"{asked}: {why}; pip install -e '.[cuda13]' for NVIDIA, '.[tpu]' for a TPU, or set JAX_PLATFORMS=cpu")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -81,11 +81,6 @@ class Prepared:
         return sum(len(source.train) for source in self.sources)
 
     @property
-    def train_tokens(self) -> int:
-        """Targets of one pass over all sources."""
-        return sum(source.train.targets for source in self.sources)
-
-    @property
     def heldout_rows(self) -> int:
         """Rows of one pass over the held-out documents; 0 with ``heldout_fraction=0``."""
         return sum(len(source.heldout) for source in self.sources)

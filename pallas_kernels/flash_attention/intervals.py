@@ -159,11 +159,5 @@ def transposed_tile_bounds(intervals: Intervals, block_q: int, block_kv: int, ke
     return Tiles(first, last, first_full, last_full)
 
 
-def visible_pairs(intervals: Intervals, keys: int) -> Any:
-    """How many (query, key) pairs are visible in all rows of ``intervals``."""
-    intervals = clipped(intervals, keys)
-    return _namespace(intervals).maximum(intervals[..., 1] - intervals[..., 0], 0).sum()
-
-
 def _namespace(*arrays: Any) -> Any:
     return jnp if any(isinstance(x, jax.Array) for x in arrays) else np

@@ -351,7 +351,7 @@ class _Core:
 
     # A block.
 
-    def _block(self, tile: Any, blocks: Any, step: Any, block: Any, unused: Any) -> Any:
+    def _block(self, tile: Any, blocks: Any, step: Any, block: Any, _carry: Any) -> Any:
         s, m = self.s, self.m
         slot = lax.rem(step + block, 2)
         same = block + 1 < blocks

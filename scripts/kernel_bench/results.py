@@ -18,7 +18,7 @@ def folder_of(device_kind: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", device_kind.lower()).strip("_")
 
 
-def header(device_kind: str, ceilings: dict[str, Any], peer_ceilings: str | None = None) -> dict[str, Any]:
+def header(device_kind: str, ceilings: dict[str, Any]) -> dict[str, Any]:
     """What all cases of a run have in common."""
     return {
         "command": shlex.join(["python", "scripts/" + Path(sys.argv[0]).name, *sys.argv[1:]]),

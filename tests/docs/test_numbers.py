@@ -7,12 +7,14 @@ Above a table or a paragraph with results stands a comment that says what each n
     1.11 = r("bench_train").results["4m"].speed_ratio
     -->
 
-where ``r`` reads a file of ``docs/results`` and ``chip`` is a data sheet's entry. Each is computed, rounded as it is
-shown, and looked for in what follows; and what looks like a result and is in no such comment is found too.
+where ``r`` reads a file of ``docs/results`` and ``chip`` is a data sheet's entry; see the functions below. Each is
+computed, rounded as it is shown, and looked for in what follows; and what looks like a result and is in no such comment
+is found too.
 """
 
 import json
 import re
+import statistics
 from types import SimpleNamespace
 
 import pytest
@@ -44,6 +46,11 @@ def chip(family):
     return FAMILIES[family].chip
 
 
+def cases(name):
+    """The cases of a benchmark's file, by their names."""
+    return {case.name: case for case in r(name).cases}
+
+
 def blocks(text):
     """Paragraphs and tables of a page outside of code, each with the numbers that its comment accounts for."""
     text = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
@@ -70,7 +77,7 @@ def test_results_have_sources(page):
     for block, entries in blocks(page.read_text()):
         accounted = [number for number, _ in entries]
         for number, expression in entries:
-            value = eval(expression, {"r": r, "chip": chip})
+            value = eval(expression, {"r": r, "chip": chip, "cases": cases, "mean": statistics.fmean})
             assert shown(value, number) == number, f"{expression} is {value}, and the page says {number}"
             assert number in block, f"{number} is not in what follows its comment"
         if page.name == "papers.md":  # made from the JSON; tests/test_results.py compares all of it

@@ -24,7 +24,9 @@ sys.meta_path.insert(0, Hidden())
 for name in [name for name in sys.modules if name.partition(".")[0] in {names!r}]:
     del sys.modules[name]
 """
-_COMPUTES = """
+_COMPUTES = f"""
+import sys
+sys.path.insert(0, {str(ROOT / "scripts")!r})
 import app
 
 def main():
@@ -104,11 +106,11 @@ def test_a_gpu_without_its_plugin_is_told_of(computes):
 def test_a_gpu_that_is_asked_for_and_cannot_be_had(computes):
     done = subprocess.run(
         [sys.executable, str(computes)],
-        env=os.environ | {"JAX_PLATFORMS": "cuda", "PYTHONPATH": f"{ROOT}:{ROOT / 'scripts'}"},
+        env=os.environ | {"JAX_PLATFORMS": "cuda", "XLA_FLAGS": ""},
         capture_output=True,
         text=True,
         check=False,
     )
     message = error_of(done)
-    assert message.startswith("error: JAX_PLATFORMS=cuda: Unable to initialize backend 'cuda'")
-    assert "pip install -e '.[cuda13]'" in message and len(done.stderr.splitlines()) == 1
+    assert message.startswith("error: JAX_PLATFORMS=cuda: ") and "pip install -e '.[cuda13]'" in message
+    assert len(done.stderr.splitlines()) == 1

@@ -147,10 +147,6 @@ class _Replica:
         return self.load + sum(prefix.size for prefix in path if prefix not in self.held)
 
 
-def _members(prefix: Prefix) -> list[int]:
-    return [number for each in prefix.walk() for number in each.members]
-
-
 def _tokens(request: Request) -> int:
     """To prefill and to decode, if nothing is cached."""
     return len(request.tokens) + request.likely_tokens * request.n
