@@ -35,20 +35,27 @@ _EXTRAS = {
     "prometheus_client": "serve",
     "uvicorn": "serve",
     "libtpu": "preflight",
+    "nbclient": "notebooks",
+    "nbformat": "notebooks",
+    "openai": "chat",
 }
 
 
-def run(main: Callable[[], None], *, usage: str) -> None:
+def run(main: Callable[..., None], *, usage: str, takes_words: bool = False) -> None:
     """Parses flags and runs ``main``.
 
     Args:
       main: takes nothing; reads its flags itself.
       usage: what ``--help`` prints above the flags: one sentence and an example.
+      takes_words: whether the command line may hold words that are no flags; ``main`` then takes their list.
     """
     _quiet_without_tpu()
     logging.getLogger("jax._src.xla_bridge").addFilter(_without_noise)
     absl.logging.get_absl_handler().setFormatter(logging.Formatter("%(message)s"))
-    app.run(lambda argv: _guard(main), flags_parser=lambda argv: _parse(argv, usage))
+    app.run(
+        lambda argv: _guard((lambda: main(argv[1:])) if takes_words else main),
+        flags_parser=lambda argv: _parse(argv, usage, takes_words),
+    )
 
 
 def fail(message: str) -> None:
@@ -79,7 +86,7 @@ def _without_noise(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.ERROR
 
 
-def _parse(argv: Sequence[str], usage: str) -> list[str]:
+def _parse(argv: Sequence[str], usage: str, takes_words: bool) -> list[str]:
     name = os.path.basename(argv[0])
     if any(argument in ("--help", "-h", "-help") for argument in argv[1:]):
         print(usage.strip() + "\n")
@@ -91,7 +98,7 @@ def _parse(argv: Sequence[str], usage: str) -> list[str]:
         rest = flags.FLAGS(argv)
     except (flags.Error, UserError) as error:
         fail(f"{error} (see {name} --help)")
-    if len(rest) > 1:
+    if len(rest) > 1 and not takes_words:
         fail(f"unexpected argument {rest[1]!r}; flags are written --name=value (see {name} --help)")
     return rest
 

@@ -1,38 +1,14 @@
 """What benchmarks say of the machine they run on, and whether it is theirs alone."""
 
-import os
-import platform
 import time
-from importlib import metadata
 from pathlib import Path
+
+from ml.machine import cpu, device, versions
+
+__all__ = ["busy_share", "cpu", "device", "refuse", "versions"]
 
 # Above this share of the machine's time taken by others, nothing is measured.
 _BUSY = 0.10
-_PACKAGES = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu", "numpy", "torch")
-
-
-def cpu() -> str:
-    """The processor's name."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or "an unknown CPU")
-
-
-def device(kind: str) -> str:
-    """The device in words, from JAX's ``device_kind``."""
-    return f"{len(os.sched_getaffinity(0))} cores of {cpu()}" if kind == "cpu" else kind
-
-
-def versions() -> dict[str, str]:
-    """Of what was measured with."""
-    found = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def refuse(busy: float) -> None:

@@ -15,10 +15,10 @@ def in_auto_axes(transform: optax.GradientTransformation) -> optax.GradientTrans
     refused or ambiguous under explicit mesh axes. The updates leave sharded as the gradients came, the state as it was.
     """
 
-    def update(updates: PyTree, state: PyTree, params: PyTree | None = None, **extra: Any) -> tuple[PyTree, PyTree]:
+    def update(updates: PyTree, state: PyTree, params: PyTree | None = None) -> tuple[PyTree, PyTree]:
         shardings = jax.tree.map(lambda x: jax.typeof(x).sharding, (updates, state))
         if all(sharding.mesh.empty for sharding in jax.tree.leaves(shardings)):
-            return transform.update(updates, state, params, **extra)
-        return jax.sharding.auto_axes(transform.update, out_sharding=shardings)(updates, state, params, **extra)
+            return transform.update(updates, state, params)
+        return jax.sharding.auto_axes(transform.update, out_sharding=shardings)(updates, state, params)
 
-    return optax.GradientTransformationExtraArgs(transform.init, update)
+    return optax.GradientTransformation(transform.init, update)

@@ -10,7 +10,7 @@ from jaxtyping import Array
 from ml.optim.builder import Inputs
 from ml.optim.masks import Mask, excluding
 from ml.optim.stacking import LogicalAxes
-from ml.optim.trust_ratio import scale_by_trust_ratio, tensor_norm
+from ml.optim.trust_ratio import report_ratio, scale_by_trust_ratio, tensor_norm
 
 PyTree = Any
 
@@ -78,24 +78,34 @@ def lars_2017(
     )
 
 
-def _decayed_local_rate(inputs: Inputs, adapted: Mask, coefficient: float) -> optax.GradientTransformation:
+def _decayed_local_rate(inputs: Inputs, adapted: Mask, coefficient: float) -> optax.GradientTransformationExtraArgs:
     table = LogicalAxes(inputs.axes)
 
-    def scale(path: tuple[Any, ...], is_adapted: bool, decays: bool, g: Array, x: Array) -> Array:
-        decay = inputs.weight_decay if decays else 0.0
-        decayed = g + decay * x if decays else g
-        if not is_adapted:
-            return decayed
-        dims = table.within(path, x)
-        weight_norm, gradient_norm = tensor_norm(x, dims), tensor_norm(g, dims)
-        usable = (weight_norm > 0) & (gradient_norm > 0)
-        denominator = jnp.where(usable, gradient_norm + decay * weight_norm, 1)
-        return (jnp.where(usable, coefficient * weight_norm / denominator, 1) * decayed).astype(g.dtype)
-
-    def update(updates: PyTree, state: optax.EmptyState, params: PyTree | None = None) -> tuple[PyTree, PyTree]:
+    def update(
+        updates: PyTree,
+        state: optax.EmptyState,
+        params: PyTree | None = None,
+        *,
+        trust_ratios: dict[str, Array] | None = None,
+        **_: Any,
+    ) -> tuple[PyTree, PyTree]:
         if params is None:
             raise ValueError(optax.NO_PARAMS_MSG)
+
+        def scale(path: tuple[Any, ...], is_adapted: bool, decays: bool, g: Array, x: Array) -> Array:
+            decay = inputs.weight_decay if decays else 0.0
+            decayed = g + decay * x if decays else g
+            if not is_adapted:
+                return decayed
+            dims = table.within(path, x)
+            weight_norm, gradient_norm = tensor_norm(x, dims), tensor_norm(g, dims)
+            usable = (weight_norm > 0) & (gradient_norm > 0)
+            denominator = jnp.where(usable, gradient_norm + decay * weight_norm, 1)
+            ratio = jnp.where(usable, coefficient * weight_norm / denominator, 1)
+            report_ratio(trust_ratios, path, ratio, dims)
+            return (ratio * decayed).astype(g.dtype)
+
         masks = adapted(updates), inputs.decays(updates)
         return jax.tree_util.tree_map_with_path(scale, *masks, updates, params), state
 
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)

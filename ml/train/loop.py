@@ -12,6 +12,7 @@ from ml.data import Prepared
 from ml.models.cost import parameter_count
 from ml.parallel import place_batch
 from ml.parallel.processes import Agreement, Watch
+from ml.train.closing import Closing
 from ml.train.config import ExperimentConfig
 from ml.train.evaluation import HeldoutLoss
 from ml.train.interrupt import Interrupt
@@ -80,11 +81,12 @@ def train(config: ExperimentConfig, path: str | os.PathLike[str], watch: Watch |
     mesh, steps = parts.rules.mesh, config.train.steps
     peak = peak_flops(mesh.devices.flat[0].device_kind, parts.model.dtype)
     peak = peak and peak * mesh.size
-    flops = config.flops_per_token
+    flops, parameters = config.flops_per_token, parameter_count(config.model).total
     memory, seconds, evaluating, stop = None, 0.0, 0.0, 0
 
     with (
         jax.set_mesh(mesh),
+        Closing(workdir) as closing,
         Checkpointer(workdir.path, config.checkpoint) as checkpointer,
         Interrupt() as interrupt,
         watch.failures(),
@@ -93,6 +95,7 @@ def train(config: ExperimentConfig, path: str | os.PathLike[str], watch: Watch |
         state, recorded = make_state(parts, checkpointer)
         if jax.process_index() == 0:
             workdir.claim(config)
+        closing.begin(parts, parameters)
         first = int(jax.device_get(state.step))
         recorder = Recorder(
             config,
@@ -118,7 +121,7 @@ def train(config: ExperimentConfig, path: str | os.PathLike[str], watch: Watch |
                 if memory is None:
                     watch.at("compiling")
                     compiled = jax.jit(step_fn, donate_argnums=0).lower(state, batch).compile()
-                    memory = memory_use(state, compiled)
+                    memory = closing.memory = memory_use(state, compiled)
                     formula = predicted_activations(config, mesh.shape, parts.model.dtype) / 2**20
                     recorder.display.log(f"memory: {memory} (activations by formula: {formula:,.0f})")
                 watch.at("step")
@@ -154,15 +157,17 @@ def train(config: ExperimentConfig, path: str | os.PathLike[str], watch: Watch |
             if started is not None:
                 seconds = time.monotonic() - started - evaluating
         if memory is not None:
-            memory = memory_use(state, compiled)  # now with the peak that the device measured
+            memory = closing.memory = memory_use(state, compiled)  # now with the peak that the device measured
         heldout = None
         if not stop and parts.prepared.heldout_rows:
             recorder.display.log("evaluating on the whole held-out text")
-            heldout = parts.evaluate(parts.params_to_evaluate(state), watch.over(parts.heldout, "evaluating"))
+            batches = watch.over(parts.heldout, "evaluating")
+            heldout = closing.heldout = parts.evaluate(parts.params_to_evaluate(state), batches)
         watch.at("saving")
         checkpointer.wait()
         parts.loader.close()
         done = int(jax.device_get(state.step))
+        interrupted = closing.interrupted = signal.Signals(stop) if stop else None
 
     return Result(
         step=done,
@@ -170,8 +175,8 @@ def train(config: ExperimentConfig, path: str | os.PathLike[str], watch: Watch |
         seconds=seconds,
         session_tokens=recorder.tokens - session_start if started is not None else 0,
         heldout=heldout,
-        interrupted=signal.Signals(stop) if stop else None,
-        parameters=parameter_count(config.model).total,
+        interrupted=interrupted,
+        parameters=parameters,
         flops_per_token=flops,
         peak_flops=peak,
         memory=memory,

@@ -92,7 +92,9 @@ class Recorder:
         """
         if pending is None:
             return
-        scalars = {name: value.item() for name, value in jax.device_get(dict(pending.metrics)).items()}
+        arrays = jax.device_get(dict(pending.metrics))
+        scalars = {name: array.item() for name, array in arrays.items() if not array.ndim}
+        stacked = {name: array.tolist() for name, array in arrays.items() if array.ndim}  # a number for each layer
         self.tokens += round(scalars["tokens"])
         if "noise_signal" in scalars:
             self._noise.update(scalars["noise_variance"], scalars["noise_signal"])
@@ -113,8 +115,9 @@ class Recorder:
         # A resumed or final step is recorded whatever the interval: the file must show where the run stands.
         due = pending.step % self._config.train.log_every == 0 or bool(more) or pending.step == self._config.train.steps
         if self._writes and due:
-            self._metrics.write(pending.step, row)
-            self._events.write(pending.step, {name: value for name, value in row.items() if math.isfinite(value)})
+            self._metrics.write(pending.step, row | stacked)
+            shown = row | {name: float(np.median(array)) for name, array in arrays.items() if array.ndim}
+            self._events.write(pending.step, {name: value for name, value in shown.items() if math.isfinite(value)})
         if row["skipped"] > self._skipped:
             self._not_finite(pending, row)
         self._skipped = row["skipped"]

@@ -1,4 +1,4 @@
-"""One optimizer step: microbatches in, a new state and a handful of scalars out."""
+"""One optimizer step: microbatches in, a new state, a handful of scalars and each layer's trust ratio out."""
 
 from collections.abc import Callable
 
@@ -36,16 +36,16 @@ def make_train_step(
       rules: the layout; ``None``: off any mesh.
     """
     gradients, moe = make_gradients(model, config, rules), model.config.moe
-    objective = make_objective(model, config, rules)
+    objective, update = make_objective(model, config, rules), optax.with_extra_args_support(tx).update
 
     def train_step(state, batch):
         weighed, count = objective.weighed(batch, state.step)
-        *sums, expert_counts, noise = gradients(state.params, weighed)
+        *sums, expert_counts, more = gradients(state.params, weighed)
         grads, metrics = jax.tree.map(lambda x: x / jnp.maximum(count, 1), sums)
         old_opt_state = moved_to_device(state.opt_state) if config.offload_optimizer else state.opt_state
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics["objective"])
-        updates, opt_state = tx.update(grads, old_opt_state, state.params)
+        updates, opt_state = update(grads, old_opt_state, state.params, trust_ratios=more)
         params = optax.apply_updates(state.params, updates)
         if moe and moe.bias_update_rate:
             params = update_router_bias(params, expert_counts, moe.bias_update_rate)
@@ -55,7 +55,7 @@ def make_train_step(
             (params, opt_state, ema),
             (state.params, old_opt_state, state.ema),
         )
-        metrics |= noise | {
+        metrics |= more | {
             "learning_rate": schedule(state.step - state.skipped),  # the optimizer has not counted skipped steps
             "gradient_norm": grad_norm,
             "parameter_norm": optax.tree.norm(params),

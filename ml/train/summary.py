@@ -42,6 +42,7 @@ def summarize(result: Result, **more: str) -> Report:
             "metrics": workdir.metrics,
             "TensorBoard": workdir.tensorboard,
             "loss curve": workdir.loss_plot,
+            "report": workdir.report,
             **more,
         },
     )

@@ -55,6 +55,8 @@ class Workdir:
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.loss_plot = self.path / "loss.png"
+        self.summary = self.path / "summary.json"
+        self.report = self.path / "report.html"
 
     def check(self, config: ExperimentConfig) -> list[str]:
         """Finds out whether this experiment may run here; writes nothing.

@@ -1,8 +1,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from ml.optim import OptimizerConfig, ScheduleConfig, make_optimizer
 from ml.optim.trust_ratio import scale_by_trust_ratio
 
 
@@ -75,6 +77,33 @@ def test_norms_are_float32_for_bfloat16_weights():
     np.testing.assert_allclose(apply({"w": ("embed",)}, updates, params)["w"], 1, rtol=1e-6)
     half = jax.tree.map(lambda u: u.astype(jnp.bfloat16), updates)
     assert apply({"w": ("embed",)}, half, params)["w"].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("name", ["lamb", "lars", "lars_2017"])
+def test_ratios_are_reported_per_tensor_and_asking_changes_nothing(name, axes, params, gradients):
+    optimizer = OptimizerConfig(name, 1.0, clip_norm=1e9)  # clipping stands before, and must let the question through
+    schedule = ScheduleConfig(kind="constant", warmup_fraction=0.0)
+    tx, _ = make_optimizer(optimizer, schedule, total_steps=1, batch_size=1, axes=axes)
+
+    def step(asked, gradients, params):
+        seen = {}
+        more = {"trust_ratios": seen} if asked else {}
+        return optax.with_extra_args_support(tx).update(gradients, tx.init(params), params, **more)[0], seen
+
+    silent, nothing = jax.jit(step, static_argnums=0)(False, gradients[0], params)
+    updates, seen = jax.jit(step, static_argnums=0)(True, gradients[0], params)
+    jax.tree.map(np.testing.assert_array_equal, updates, silent)
+    kernels = {"embed/embedding": (), "unembed/kernel": (), "layers/attention/query/kernel": (2,)}
+    seen = {path.removeprefix("trust_ratio/"): ratio for path, ratio in seen.items()}
+    assert not nothing and {path: ratio.shape for path, ratio in seen.items()} == kernels | {
+        "layers/moe/router/kernel": (2,),
+        "layers/moe/up/kernel": (2, 2),
+    }
+    x, g = (np.float64(tree["layers"]["moe"]["up"]["kernel"]) for tree in (params, gradients[0]))
+    # The first step's direction: Adam's is g / (|g| + eps), that of LARS a tenth of g, that of 2017 g itself.
+    u = {"lamb": g / (np.abs(g) + 1e-6), "lars": 0.1 * g, "lars_2017": 1000 * g}[name]
+    ratios = np.sqrt((x**2).sum((2, 3)) / (u**2).sum((2, 3)))
+    np.testing.assert_allclose(seen["layers/moe/up/kernel"], ratios, rtol=1e-5)
 
 
 def test_missing_or_wrong_axes_name_the_parameter():

@@ -42,7 +42,7 @@ def test_a_seed_decides_everything(train):
         assert [row[key] for row in rows(first)] != [row[key] for row in rows(other)], key
 
 
-def test_what_a_run_returns_and_leaves(train):
+def test_what_a_run_returns_and_leaves(drawn_reports, train):
     result = train(train__steps=7, eval__every=3, train__log_every=2, optimizer__learning_rate=0.1)
     metrics = rows(result)
     assert [row["step"] for row in metrics] == [2, 3, 4, 6, 7]
@@ -59,16 +59,27 @@ def test_what_a_run_returns_and_leaves(train):
         "experiment.json",
         "loss.png",
         "metrics.jsonl",
+        "report.html",
+        "summary.json",
         "tensorboard",
         "tokenizer.json",
         "tokenizer_config.json",
     }
     assert json.loads(result.workdir.experiment.read_text())["train"]["steps"] == 7
+    summary = json.loads(result.workdir.summary.read_text())
+    assert (summary["ended"], summary["parameters"]) == ("finished", result.parameters)
+    assert summary["heldout"]["loss"] == result.heldout.per_token and summary["heldout"]["bits_per_byte"] > 0
+    assert summary["memory"]["predicted"] == result.memory.predicted
+    ratios = [name for name in metrics[0] if name.startswith("trust_ratio/")]
+    assert ratios and all(name in result.workdir.metrics.read_text() for name in ratios)
+    assert "Trust ratios by layer" in result.workdir.report.read_text()
 
     again = train(train__steps=7, eval__every=3, train__log_every=2, optimizer__learning_rate=0.1)
     assert (again.step, again.tokens, again.session_tokens, again.memory) == (7, result.tokens, 0, None)
     assert again.heldout == result.heldout
     assert rows(again) == metrics
+    known = json.loads(result.workdir.summary.read_text())
+    assert known["memory"] == summary["memory"], "a start with nothing left to do forgets nothing"
 
 
 def loop_heldout(result):
@@ -96,13 +107,16 @@ def test_a_step_is_read_only_after_the_next_one_was_sent(train, monkeypatch):
     assert events == ["next", "next", 1, "next", 2, "next", 3, 4]
 
 
-def test_a_loss_that_explodes(train, tmp_path):
+def test_a_loss_that_explodes(drawn_reports, train, tmp_path):
     explosive = {"optimizer__name": "sgd", "optimizer__learning_rate": 1e37, "schedule__kind": "constant"}
     with pytest.raises(UserError, match=r"^step 2: .*gradient norm nan.*nonfinite_step_2.npz"):
         train("stop", **explosive)
     with np.load(tmp_path / "stop" / "nonfinite_step_2.npz") as batch:
         assert batch["tokens"].shape == (8, 32) and batch["loss_mask"].any()
     assert [row["skipped"] for row in read_metrics(tmp_path / "stop" / "metrics.jsonl")] == [0, 1]
+    summary = json.loads((tmp_path / "stop" / "summary.json").read_text())
+    assert summary["ended"] == "failed" and summary["reason"].startswith("step 2: ")
+    assert "failed: step 2: " in (tmp_path / "stop" / "report.html").read_text()
     result = train("skip", train__nonfinite="skip", **explosive)
     assert [row["skipped"] for row in read_metrics(result.workdir.metrics)] == [0, 1, 2, 3]
     assert result.step == 4

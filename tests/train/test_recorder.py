@@ -52,6 +52,23 @@ def test_a_row_a_step(record, tmp_path):
     assert second["mfu"] == pytest.approx(second["tokens_per_second"] * 10 / 1e6)
 
 
+def test_each_layers_trust_ratio_is_in_the_row(record, tmp_path, monkeypatch):
+    events = []
+    monkeypatch.setattr("ml.train.recorder.TensorBoardWriter.write", lambda _, step, scalars: events.append(scalars))
+    one = pending(1)
+    ratios = {"layers/mlp/kernel": jnp.array([0.123456, 3.0, jnp.nan]), "embed/embedding": jnp.float32(2.0)}
+    with record() as recorder:
+        more = {f"trust_ratio/{name}": ratio for name, ratio in ratios.items()}
+        recorder.finish(Pending(1, one.metrics | more, one.batch))
+    (row,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert row["trust_ratio/layers/mlp/kernel"][:2] == [0.1235, 3.0] and np.isnan(
+        row["trust_ratio/layers/mlp/kernel"][2]
+    )
+    assert row["trust_ratio/embed/embedding"] == 2.0
+    assert events[0]["trust_ratio/embed/embedding"] == 2.0, "TensorBoard has curves, not lists"
+    assert "trust_ratio/layers/mlp/kernel" not in events[0], "the median of what holds a nan is none"
+
+
 def with_noise(step, variance, signal):
     one = pending(step)
     return Pending(step, {**one.metrics, "noise_variance": variance, "noise_signal": signal}, one.batch)

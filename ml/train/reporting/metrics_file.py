@@ -11,8 +11,8 @@ from typing import Any
 
 from ml.errors import UserError
 
-# A float32 has about 7 significant decimal digits; more would be noise.
-_DIGITS = 7
+# A float32 has about 7 significant decimal digits; more would be noise. Of lists, a value for each layer, fewer do.
+_DIGITS, _DIGITS_IN_LISTS = 7, 4
 
 
 class MetricsFile:
@@ -43,8 +43,9 @@ class MetricsFile:
 
         Args:
           step: number of the step that was just done, counted from 1.
-          metrics: numbers (Python, NumPy or fetched JAX scalars) or strings; ``None`` values are left out. NaN and
-            infinities are written as the strings ``"nan"``, ``"inf"`` and ``"-inf"``, since JSON has no such numbers.
+          metrics: numbers (Python, NumPy or fetched JAX scalars), strings, or lists of numbers, which keep 4 digits;
+            ``None`` values are left out. NaN and infinities are written as the strings ``"nan"``, ``"inf"`` and
+            ``"-inf"``, since JSON has no such numbers.
 
         Raises:
           UserError: the disk is full, or the file cannot be written.
@@ -131,15 +132,19 @@ def _truncate(path: pathlib.Path, step: int) -> None:
         raise
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, digits: int = _DIGITS) -> Any:
+    if isinstance(value, list):
+        return [_plain(one, _DIGITS_IN_LISTS) for one in value]
     if hasattr(value, "item"):
         value = value.item()
     if not isinstance(value, float):
         return value
-    return float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else str(value)
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else str(value)
 
 
 def _number(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_number(one) for one in value]
     return float(value) if value in ("nan", "inf", "-inf") else value
 
 

@@ -16,7 +16,8 @@ def plot_loss(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], *
 
     Args:
       rows: of `read_metrics`, ascending in ``step``. Read where present: ``loss`` and ``eval_loss`` (nats per token),
-        ``learning_rate``, ``gradient_norm``, and ``tokens`` (of that step; their running sum is the axis on top).
+        ``learning_rate``, ``gradient_norm``, and for the axis on top ``tokens_seen`` (or the sum of ``tokens``, those
+        of a step).
       path: where to write; parent directories must exist.
       title: above the picture.
 
@@ -25,17 +26,17 @@ def plot_loss(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], *
     """
     figure = new_figure(9.6, 6.4)
     steps = np.array([row["step"] for row in rows], dtype=float)
-    lower = any(_finite(rows, key)[0].size for key in ("learning_rate", "gradient_norm"))
+    lower = any(finite(rows, key)[0].size for key in ("learning_rate", "gradient_norm"))
     if lower:
         loss_axes, lower_axes = figure.subplots(2, 1, sharex=True, height_ratios=[2.6, 1])
         _draw_rate_and_norm(lower_axes, rows)
     else:
         loss_axes = figure.subplots()
     bottom = lower_axes if lower else loss_axes
-    _draw_loss(loss_axes, rows)
+    draw_loss(loss_axes, rows)
     if steps.size:
         bottom.set_xlim(min(steps[0], 1) if steps.size > 1 else steps[0] - 1, max(steps[-1], steps[0] + 1))
-    _tokens_on_top(loss_axes, rows)
+    tokens_on_top(loss_axes, rows)
     bottom.set_xlabel("step", fontsize=12, color=INK)
     if title:
         figure.suptitle(title, fontsize=14, color=INK)
@@ -62,16 +63,17 @@ def _without_spikes(values: np.ndarray) -> np.ndarray:
     return np.median(np.lib.stride_tricks.sliding_window_view(padded, 5), axis=-1)
 
 
-def _finite(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
+def finite(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and values of the rows that hold a finite ``key``."""
     points = [(row["step"], float(row[key])) for row in rows if row.get(key) is not None]
     points = [(step, value) for step, value in points if math.isfinite(value)]
     return np.array([p[0] for p in points], dtype=float), np.array([p[1] for p in points], dtype=float)
 
 
-def _draw_loss(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
-    steps, loss = _finite(rows, "loss")
-    heldout_steps, heldout = _finite(rows, "eval_loss")
+def draw_loss(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Loss over steps, each and smoothed, and the held-out loss."""
+    steps, loss = finite(rows, "loss")
+    heldout_steps, heldout = finite(rows, "eval_loss")
     few = loss.size < 30
     if few:
         axes.plot(steps, loss, color=BLUE, linewidth=1.8, label="training", zorder=3)
@@ -99,7 +101,7 @@ def _draw_loss(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
         bottom = min(np.percentile(loss, 0.2), trend.min(), heldout.min(initial=np.inf))
         margin = 0.05 * (top - bottom) or 0.1
         axes.set_ylim(bottom - margin, top + margin)
-    _style(axes)
+    step_style(axes)
     axes.set_ylabel("loss (nats per token)", fontsize=12, color=INK)
     if loss.size or heldout.size:
         axes.legend(loc="upper right", fontsize=11, frameon=False)
@@ -108,8 +110,8 @@ def _draw_loss(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
 def _draw_rate_and_norm(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    _style(axes)
-    steps, rate = _finite(rows, "learning_rate")
+    step_style(axes)
+    steps, rate = finite(rows, "learning_rate")
     if rate.size:
         axes.plot(steps, rate, color=GREEN, linewidth=1.8)
         axes.set_ylim(0, rate.max() * 1.08 or 1)
@@ -117,7 +119,7 @@ def _draw_rate_and_norm(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     axes.set_ylabel("learning rate", fontsize=12, color=GREEN)
     axes.tick_params(axis="y", colors=GREEN)
 
-    steps, norm = _finite(rows, "gradient_norm")
+    steps, norm = finite(rows, "gradient_norm")
     if not norm.size:
         return
     right = axes.twinx()
@@ -133,14 +135,16 @@ def _draw_rate_and_norm(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
         spine.set_visible(False)
 
 
-def _tokens_on_top(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+def tokens_on_top(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     """A second axis that tells how many tokens had been seen; ticks lie at round numbers of tokens."""
     from matplotlib.ticker import MaxNLocator
 
-    steps, tokens = _finite(rows, "tokens")
-    if steps.size < 2 or not tokens.sum():
+    steps, seen = finite(rows, "tokens_seen")
+    if not seen.size:
+        steps, tokens = finite(rows, "tokens")
+        seen = np.cumsum(tokens)
+    if steps.size < 2 or not seen[-1]:
         return
-    seen = np.cumsum(tokens)
     ticks = [tick for tick in MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]).tick_values(0, seen[-1]) if 0 < tick <= seen[-1]]
     top = axes.secondary_xaxis("top")
     top.set_ticks(np.interp(ticks, seen, steps), [_round_number(tick) for tick in ticks])
@@ -156,7 +160,8 @@ def _round_number(value: float) -> str:
     return (digits.rstrip("0").rstrip(".") if "." in digits else digits) + text[len(digits) :]
 
 
-def _style(axes: Any) -> None:
+def step_style(axes: Any) -> None:
+    """`style`, with steps along the bottom."""
     from matplotlib.ticker import FuncFormatter
 
     style(axes)
