@@ -52,7 +52,7 @@ def study(model: TransformerConfig, counts: Sequence[int], devices: int) -> Outc
     return Outcome(
         paper="ZeRO (Rajbhandari et al. 2020)",
         have="stages 1 to 3, and whole replicas of cut groups (ml/parallel/rules.py)",
-        claim=f"with stage 3, each of {devices} devices keeps 1/{devices} of the model states",
+        claim=f"In stage 3 each of {devices} devices keeps 1/{devices} of the model states",
         setup=(
             f"A decoder of {parameters / 1e9:.1f} billion parameters with AdamW. States: parameters, two moments and "
             "gradients, all float32: 16 bytes for each parameter, as in the paper, whose split is another (16-bit "

@@ -9,7 +9,7 @@ import numpy as np
 from ml.train.reporting.figure import GREY, INK, PALETTE, THEMED, new_figure, style, to_svg, write_png, write_whole
 from ml.train.reporting.page import Page, Picture, Table, to_html
 from ml.train.reporting.panels import Panel, thinned
-from ml.train.reporting.plots import smooth
+from ml.train.reporting.plots import round_number, smooth, trend_of
 from ml.train.reporting.progress import duration, short_number
 from ml.train.reporting.run import Run
 from ml.train.reporting.run_report import figures_of, shown
@@ -18,6 +18,8 @@ _AXES = {"tokens": "tokens", "step": "steps", "seconds": "time in steps"}
 # What differs between any two runs and explains nothing.
 _NOT_COMPARED = ("data.cache_dir",)
 _ABSENT = "-"
+# Seconds between two marks of an axis of time, at most six of them.
+_TICKS = (1, 5, 15, 60, 300, 900, 3600, 4 * 3600, 86_400, 7 * 86_400)
 _COLUMNS = {
     "tokens_per_second": "Tokens per second",
     "gradient_norm": "Gradient norm",
@@ -99,7 +101,7 @@ def _panels(runs: Sequence[Run], names: Sequence[str]) -> Iterator[Panel]:
 
 
 def _draw_loss(axes: Any, runs: Sequence[Run], names: Sequence[str], over: str, *, labelled: bool = False) -> None:
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, MultipleLocator
 
     style(axes)
     tops = []
@@ -108,7 +110,7 @@ def _draw_loss(axes: Any, runs: Sequence[Run], names: Sequence[str], over: str, 
         by_step = dict(zip([row["step"] for row in run.rows], map(float, places), strict=True))
         rows = [row for row in thinned(run.rows) if row.get("loss") is not None and np.isfinite(row["loss"])]
         x, loss = np.array([by_step[row["step"]] for row in rows]), np.array([row["loss"] for row in rows], float)
-        trend = smooth(loss, 2 * (loss.size // 50) + 1)
+        trend = trend_of(loss)
         axes.plot(x, trend, color=colour, linewidth=1.8, label=name)
         evaluated = [row for row in run.rows if row.get("eval_loss") is not None]
         at, heldout = [by_step[row["step"]] for row in evaluated], [row["eval_loss"] for row in evaluated]
@@ -118,7 +120,10 @@ def _draw_loss(axes: Any, runs: Sequence[Run], names: Sequence[str], over: str, 
     lowest = axes.get_ylim()[0]
     if tops:
         axes.set_ylim(top=max(tops) + 0.05 * (max(tops) - lowest))  # a run that diverges must not flatten the rest
-    written = short_number if over == "tokens" else duration if over == "seconds" else "{:,.0f}".format
+    written = round_number if over == "tokens" else duration if over == "seconds" else "{:,.0f}".format
+    if over == "seconds":
+        longest = axes.get_xlim()[1]
+        axes.xaxis.set_major_locator(MultipleLocator(next((t for t in _TICKS if longest < 6 * t), _TICKS[-1])))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: written(value) if value > 0 else "0"))
     axes.set_xlabel(_AXES[over], color=INK)
     if labelled:

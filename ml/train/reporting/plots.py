@@ -10,6 +10,9 @@ import numpy as np
 from ml.train.reporting.figure import BLUE, GREEN, GREY, INK, ORANGE, RED, new_figure, style, write_png
 from ml.train.reporting.progress import short_number
 
+# So few values are drawn as they are.
+_FEW = 30
+
 
 def plot_loss(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], *, title: str | None = None) -> None:
     """Draws loss, learning rate and gradient norm over steps, and writes a PNG (atomically).
@@ -57,6 +60,11 @@ def smooth(values: np.ndarray, width: int) -> np.ndarray:
     return (total[index + half + 1] - total[index - half]) / (2 * half + 1)
 
 
+def trend_of(loss: np.ndarray) -> np.ndarray:
+    """The curve behind a noisy loss ``[n]``, without spikes; a few values are their own trend."""
+    return loss if loss.size < _FEW else smooth(_without_spikes(loss), 2 * (loss.size // 50) + 3)
+
+
 def _without_spikes(values: np.ndarray) -> np.ndarray:
     """Median of each value and its two neighbours on either side: one bad step must not lift a whole stretch."""
     padded = np.pad(values, 2, mode="edge")
@@ -74,12 +82,10 @@ def draw_loss(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     """Loss over steps, each and smoothed, and the held-out loss."""
     steps, loss = finite(rows, "loss")
     heldout_steps, heldout = finite(rows, "eval_loss")
-    few = loss.size < 30
-    if few:
+    trend = trend_of(loss)
+    if loss.size < _FEW:
         axes.plot(steps, loss, color=BLUE, linewidth=1.8, label="training", zorder=3)
-        trend = loss
     else:
-        trend = smooth(_without_spikes(loss), 2 * (loss.size // 50) + 3)
         axes.plot(steps, loss, color=BLUE, alpha=0.35, linewidth=0.8, label="training, each step", zorder=2)
         axes.plot(steps, trend, color=BLUE, linewidth=2.0, label="training, smoothed", zorder=3)
     if heldout.size:
@@ -147,13 +153,13 @@ def tokens_on_top(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
         return
     ticks = [tick for tick in MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]).tick_values(0, seen[-1]) if 0 < tick <= seen[-1]]
     top = axes.secondary_xaxis("top")
-    top.set_ticks(np.interp(ticks, seen, steps), [_round_number(tick) for tick in ticks])
+    top.set_ticks(np.interp(ticks, seen, steps), [round_number(tick) for tick in ticks])
     top.tick_params(colors=GREY, labelsize=11, length=3)
     top.spines["top"].set_visible(False)
     top.set_xlabel("training tokens", fontsize=12, color=GREY)
 
 
-def _round_number(value: float) -> str:
+def round_number(value: float) -> str:
     """`short_number` without idle zeros: ``2.5M``, ``10M``."""
     text = short_number(value)
     digits = text.rstrip("kMBT")
