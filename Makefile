@@ -3,7 +3,7 @@ MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 .SILENT:
 .PHONY: help env env-parity env-cuda quickstart test test-all test-parity test-oldest test-cuda gpu gpu-wheels reproduce
-.PHONY: docs lint format typecheck clean
+.PHONY: docs lint format typecheck clean notebooks first-hour pictures
 
 # Two test processes fill two cores; more need about 2 GB of memory each.
 JOBS ?= 2
@@ -36,6 +36,17 @@ env-cuda:
 
 quickstart: env ## train a small language model on this machine, then sample from it (minutes)
 	$(PY) scripts/quickstart.py
+
+first-hour: env ## all that the README tells, step by step, with the quickstart's model if there is one (minutes)
+	$(PY) scripts/first_hour.py $(ARGS)
+
+notebooks: env ## execute the notebooks at a small size [ARGS=--save: whole, and keep what they show]
+	$(PY) scripts/notebooks.py $(ARGS)
+
+pictures: env ## make docs/pictures anew, from a quickstart that is run for it (minutes)
+	rm -rf runs/pictures && mkdir -p runs/pictures
+	$(PY) scripts/quickstart.py --workdir=runs/pictures/quickstart >runs/pictures/log 2>&1 || { cat runs/pictures/log; exit 1; }
+	$(PY) scripts/make_pictures.py --log=runs/pictures/log --run=runs/pictures/quickstart
 
 test: lint typecheck ## lint, types and every test but the slow ones
 	$(QUICK_XLA) $(PY) $(PYTEST) -m "not slow and $(HERE)" $(ARGS)
