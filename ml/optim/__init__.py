@@ -22,7 +22,7 @@ from ml.optim.lamb import lamb
 from ml.optim.lars import lars, lars_2017
 from ml.optim.learning_rate_free import cocob, dadapt_adamw, dog, dowg, mechanic_adamw, prodigy
 from ml.optim.masks import EXCLUDED, excluding, path_names
-from ml.optim.memory_saving import adafactor, sm3
+from ml.optim.memory_saving import adafactor, adafactorw, sm3
 from ml.optim.muon import muon
 from ml.optim.schedule_free import averaged_params, schedule_free_adamw, schedule_free_sgd
 from ml.optim.schedules import ScheduleConfig, StageConfig, make_schedule, scaled_learning_rate
@@ -50,6 +50,7 @@ OPTIMIZERS: Mapping[str, Callable[..., optax.GradientTransformation]] = types.Ma
         "sgd": sgd,
         "lion": lion,
         "adafactor": adafactor,
+        "adafactorw": adafactorw,
         "sm3": sm3,
         "muon": muon,
         "schedule_free_adamw": schedule_free_adamw,

@@ -1,9 +1,9 @@
-"""Optimizers that keep less than one number per element of the second moment: Adafactor and SM3."""
+"""Optimizers that keep less than one number per element of the second moment: Adafactor, AdaFactorW and SM3."""
 
 import optax
 
 from ml.optim.auto_sharding import in_auto_axes
-from ml.optim.builder import Inputs
+from ml.optim.builder import Inputs, MomentDtype
 from ml.optim.stacking import per_layer
 
 
@@ -13,6 +13,7 @@ def adafactor(
     decay_rate: float = 0.8,
     clipping_threshold: float | None = 1.0,
     momentum: float | None = None,
+    mu_dtype: MomentDtype = None,
     scale_by_parameter: bool = True,
     min_dim_size_to_factor: int = 128,
     eps: float = 1e-30,
@@ -28,6 +29,7 @@ def adafactor(
       decay_rate: exponent of the second moment's decay, ``1 - t**-decay_rate``.
       clipping_threshold: largest RMS of an update before the learning rate; ``None``: no clipping.
       momentum: decay of a full-size first moment; ``None``: none is kept.
+      mu_dtype: storage type of that moment.
       scale_by_parameter: multiply the update by the parameter's RMS (then learning rates near 1e-2 are usual).
       min_dim_size_to_factor: tensors whose second-largest dimension is smaller keep a full second moment.
       eps: added to the squared gradient.
@@ -41,9 +43,39 @@ def adafactor(
         steps.append(optax.scale_by_param_block_rms())
     return optax.chain(
         in_auto_axes(per_layer(optax.chain(*steps), inputs.axes)),
-        optax.ema(momentum, debias=False) if momentum is not None else optax.identity(),
+        optax.ema(momentum, debias=False, accumulator_dtype=mu_dtype) if momentum is not None else optax.identity(),
         optax.add_decayed_weights(inputs.weight_decay, inputs.decays),
         optax.scale_by_learning_rate(inputs.schedule),
+    )
+
+
+def adafactorw(
+    inputs: Inputs,
+    *,
+    momentum: float = 0.9,
+    decay_rate: float = 0.8,
+    clipping_threshold: float | None = 1.0,
+    mu_dtype: MomentDtype = "bfloat16",
+    min_dim_size_to_factor: int = 128,
+) -> optax.GradientTransformation:
+    """AdaFactorW (BASIC, Pham et al. 2021): AdamW's decoupled decay and first moment, Adafactor's factored second one.
+
+    The first moment is stored in 16 bits, so that a matrix needs two bytes of state per element, and rates are AdamW's:
+    updates are not multiplied by the parameter's RMS. Microbatches are summed in a buffer of their own (the paper adds
+    them into the moments and corrects for it).
+
+    Args:
+      inputs: the shared setting.
+      momentum, decay_rate, clipping_threshold, mu_dtype, min_dim_size_to_factor: see `adafactor`.
+    """
+    return adafactor(
+        inputs,
+        decay_rate=decay_rate,
+        clipping_threshold=clipping_threshold,
+        momentum=momentum,
+        mu_dtype=mu_dtype,
+        scale_by_parameter=False,
+        min_dim_size_to_factor=min_dim_size_to_factor,
     )
 
 

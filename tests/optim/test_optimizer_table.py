@@ -25,6 +25,7 @@ SETTINGS = {
     "sgd": (0.05, {}),
     "lion": (0.05, {}),
     "adafactor": (0.1, {"min_dim_size_to_factor": 2, "momentum": 0.9}),
+    "adafactorw": (0.1, {"min_dim_size_to_factor": 2, "mu_dtype": "float32"}),
     "sm3": (0.3, {}),
     "muon": (0.3, {}),
     "schedule_free_adamw": (0.2, {}),
