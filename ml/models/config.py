@@ -154,7 +154,7 @@ class TransformerConfig:
     head_dim: int
     mlp_dim: int
     max_length: int = 2048
-    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+    activation: Literal["silu", "gelu", "gelu_tanh", "gelu_quick"] = "silu"
     gated_mlp: bool = True
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-5

@@ -1,6 +1,7 @@
 """Hugging Face folders in and out: ``config.json`` and safetensors <-> `TransformerConfig` and the parameter tree.
 
-Supported: Llama, Mistral, Qwen2, Qwen3, Mixtral, Qwen3-MoE, Gemma, Gemma 2, Gemma 3 (text), GPT-2 and BERT.
+Supported: Llama, Mistral, Qwen2, Qwen3, Mixtral, Qwen3-MoE, Gemma, Gemma 2, Gemma 3 (text), GPT-2, BERT and
+CLIP.
 """
 
 from ml.models.huggingface.load import load_params

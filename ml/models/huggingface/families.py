@@ -14,6 +14,7 @@ ARCHITECTURES = {
     "gemma3_text": "Gemma3ForCausalLM",
     "gpt2": "GPT2LMHeadModel",
     "bert": "BertForPreTraining",
+    "clip": "CLIPModel",
 }
 # What else may be named in the ``architectures`` of a family, beside the bare ``...Model``.
 OTHER_ARCHITECTURES = {"bert": ("BertForMaskedLM", "BertForSequenceClassification")}
@@ -24,7 +25,10 @@ ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "quick_gelu": "gelu_quick",
 }
+# What is written for those that have another name there; the Gemma and Llama families spell the second one otherwise.
+ACTIVATION_NAMES = {"gelu_tanh": "gelu_new", "gelu_quick": "quick_gelu"}
 
 # What transformers assumes when a family's file lacks the field; `None` for head_dim: embed_dim / num_heads.
 COMMON = {
@@ -61,6 +65,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     | {"tie_word_embeddings": True},
     "bert": {"max_position_embeddings": 512, "layer_norm_eps": 1e-12, "type_vocab_size": 2, "hidden_act": "gelu"}
     | {"tie_word_embeddings": True},
+    "clip": {"projection_dim": 512, "logit_scale_init_value": 2.6592},
+    "clip_text_model": {"vocab_size": 49_408, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12}
+    | {"num_attention_heads": 8, "max_position_embeddings": 77, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
+    "clip_vision_model": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "patch_size": 32}
+    | {"num_attention_heads": 12, "num_channels": 3, "image_size": 224, "hidden_act": "quick_gelu"}
+    | {"layer_norm_eps": 1e-5},
 }
 
 # Fields without effect on the forward pass.

@@ -11,9 +11,8 @@ import jax
 import numpy as np
 
 from ml.errors import UserError
-from ml.models.config import TransformerConfig
 from ml.models.huggingface import transpose
-from ml.models.huggingface.names import ignored, leaf_shapes, repeated, tensors
+from ml.models.huggingface.names import Config, ignored, leaf_shapes, repeated, tensors
 from ml.models.huggingface.read_config import parse_config, read_json
 from ml.models.huggingface.safetensors_io import FLOAT_DTYPES, SafetensorsFile, storable_dtype
 from ml.models.huggingface.tensor import Tensor
@@ -24,13 +23,13 @@ _ALIGNMENT = 64
 
 def load_params(
     folder: str | Path,
-    config: TransformerConfig,
+    config: Config,
     *,
     dtype: Any = None,
     sharding: Callable[[str], jax.sharding.Sharding] | None = None,
     finish: Callable[[str, jax.Array], Any] | None = None,
 ) -> dict[str, Any]:
-    """Reads the weights of a Hugging Face model folder into the parameter tree of `Transformer`.
+    """Reads the weights of a Hugging Face model folder into the parameter tree of its module.
 
     Streamed: beside the result, host memory holds a chunk of a tensor (16 MB) and the leaf being filled, which on the
     CPU becomes the result itself.
@@ -61,13 +60,14 @@ def load_params(
         for part in tensor.parts:
             if part.path not in filling:
                 filling[part.path] = _allocate(shapes[part.path], dtypes[part.path])
-            targets.append(part.view(filling[part.path][part.index]))
+            leaf = filling[part.path]
+            targets.append(part.view(leaf[part.index] if part.index else leaf))  # an index would copy a scalar
         _copy_rows(files[tensor.name], tensor, targets)
         for part in tensor.parts:
             pending[part.path] -= 1
             if not pending[part.path]:
-                leaf = _place(filling.pop(part.path), (sharding or _on_default_device)(part.path))
-                _insert(params, part.path, leaf if finish is None else finish(part.path, leaf))
+                placed = _place(filling.pop(part.path), (sharding or _on_default_device)(part.path))
+                _insert(params, part.path, placed if finish is None else finish(part.path, placed))
     for name, first in repeated(config, table).items():
         if name in files:
             _check_tied(files, name, first)
@@ -152,7 +152,7 @@ def _open(folder: Path) -> dict[str, SafetensorsFile]:
     raise UserError(f"{folder}: neither {_WEIGHTS} nor {_INDEX} is there; download the weights as safetensors")
 
 
-def _check(folder: Path, config: TransformerConfig, table: Iterable[Tensor], files: dict[str, SafetensorsFile]) -> None:
+def _check(folder: Path, config: Config, table: Iterable[Tensor], files: dict[str, SafetensorsFile]) -> None:
     """Compares names and shapes before anything is read."""
     where = f"in {_INDEX if (folder / _INDEX).exists() else _WEIGHTS}"
     names = {tensor.name for tensor in table} | set(repeated(config, list(table)))

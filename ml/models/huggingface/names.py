@@ -8,8 +8,11 @@ has their tensor's shape without a copy. Rotary halves are paired alike, so noth
 from collections.abc import Iterable
 
 from ml.models.config import TransformerConfig
-from ml.models.huggingface import bert_names
+from ml.models.huggingface import bert_names, clip_names
 from ml.models.huggingface.tensor import Part, Tensor, part
+from ml.models.two_tower_config import TwoTowerConfig
+
+Config = TransformerConfig | TwoTowerConfig
 
 # Leaf (below `layers/`) -> tensor (below `model.layers.N.`) in the Llama lineage.
 _LLAMA_NAMES = {
@@ -57,8 +60,10 @@ _EXPERT_NAMES = {
 }
 
 
-def leaf_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
+def leaf_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Path -> shape of every leaf of the parameter tree that the Hugging Face families can fill."""
+    if isinstance(config, TwoTowerConfig):
+        return clip_names.leaf_shapes(config, leaf_shapes(config.image.blocks), leaf_shapes(config.text))
     if config.encoder is not None:
         return bert_names.leaf_shapes(config)
     embed, heads, kv_heads, head_dim = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
@@ -103,7 +108,7 @@ def leaf_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def tensors(config: TransformerConfig, family: str, present: Iterable[str] = ()) -> list[Tensor]:
+def tensors(config: Config, family: str, present: Iterable[str] = ()) -> list[Tensor]:
     """The checkpoint's tensors, grouped by the leaf they fill.
 
     Args:
@@ -113,6 +118,8 @@ def tensors(config: TransformerConfig, family: str, present: Iterable[str] = ())
         ``model.`` prefix, one tensor per expert or all experts in one. Empty: the spelling that is written.
     """
     present = set(present)
+    if isinstance(config, TwoTowerConfig):
+        return clip_names.tensors(config, leaf_shapes(config))
     if config.encoder is not None:
         return bert_names.tensors(config, present)
     prefix, blocks = ("transformer.", "h") if family == "gpt2" else ("model.", "layers")
@@ -130,17 +137,19 @@ def tensors(config: TransformerConfig, family: str, present: Iterable[str] = ())
     return result
 
 
-def ignored(name: str, config: TransformerConfig) -> bool:
+def ignored(name: str, config: Config) -> bool:
     """Whether a tensor of the checkpoint is a buffer that older versions of transformers saved, not a weight."""
-    if config.encoder is not None:
+    if isinstance(config, TwoTowerConfig) or config.encoder is not None:
         return name.endswith("embeddings.position_ids")
     if config.position_embedding == "rope":
         return name.endswith(".rotary_emb.inv_freq")
     return name.endswith((".attn.bias", ".attn.masked_bias"))
 
 
-def repeated(config: TransformerConfig, table: list[Tensor]) -> dict[str, str]:
+def repeated(config: Config, table: list[Tensor]) -> dict[str, str]:
     """Tensors that a checkpoint with tied embeddings may hold a second time, by the name of the first."""
+    if isinstance(config, TwoTowerConfig):
+        return {}
     if config.encoder is not None:
         return bert_names.repeated(table)
     return {"lm_head.weight": table[0].name} if config.tie_embeddings else {}

@@ -4,7 +4,6 @@ Every field is accounted for: it is translated, or known not to change the forwa
 means "off"; anything else is an error, never ignored.
 """
 
-import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,70 +12,21 @@ from typing import Any
 from ml.errors import UserError, nearest
 from ml.models.bert import bert_config
 from ml.models.config import EncoderConfig, MoEConfig, TransformerConfig
-from ml.models.huggingface.families import (
-    ACTIVATIONS,
-    ARCHITECTURES,
-    COMMON,
-    DEFAULTS,
-    HARMLESS,
-    OTHER_ARCHITECTURES,
-)
+from ml.models.huggingface.clip_config import read_clip, read_pixels
+from ml.models.huggingface.families import ARCHITECTURES, OTHER_ARCHITECTURES
+from ml.models.huggingface.fields import Fields, activation
 from ml.models.huggingface.rope import read_rope
+from ml.models.two_tower_config import TwoTowerConfig
 
 
-class _Fields:
-    """The fields of a ``config.json`` under one family's defaults, remembering which were asked for."""
-
-    def __init__(self, values: Mapping[str, Any], source: str, family: str):
-        self.values, self.source, self.family = values, source, family
-        self.defaults = COMMON | DEFAULTS[family]
-        self.read: set[str] = set()
-
-    def __call__(
-        self, name: str, kind: type, default: Any = dataclasses.MISSING, *, positive: bool = True, null: bool = False
-    ) -> Any:
-        """The field ``name``, checked to be a ``kind``, or null where ``null`` gives that a meaning."""
-        self.read.add(name)
-        value = self.values.get(name, self.defaults.get(name, default))
-        if value is dataclasses.MISSING:
-            raise self.error(name, "is missing, and nothing can stand for it")
-        if value is None:
-            if not null:
-                raise self.error(name, f"is null; expected {kind.__name__}")
-            return None
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        fits = {int: number and value == int(value), float: number}.get(kind, isinstance(value, kind))
-        if not fits:
-            raise self.error(name, f"is {value!r}; expected {kind.__name__}")
-        if positive and number and value <= 0:
-            raise self.error(name, f"is {value!r}; expected a positive number")
-        return kind(value)
-
-    def refuse_if(self, name: str, wrong: Callable[[Any], bool] = bool, why: str = "has no counterpart here") -> None:
-        """Raises if the field is there with a value that would change the forward pass."""
-        self.read.add(name)
-        if name in self.values and self.values[name] is not None and wrong(self.values[name]):
-            raise self.error(name, f"is {json.dumps(self.values[name])}, which {why}")
-
-    def error(self, name: str, problem: str) -> UserError:
-        return UserError(f"{self.source}: {name} {problem}")
-
-    def finish(self) -> None:
-        """Refuses whatever is set and was not read."""
-        for name in sorted(set(self.values) - self.read - HARMLESS):
-            if self.values[name] not in (None, False, [], {}, ""):
-                raise self.error(
-                    name, f"is not a field that {self.family} is known to have; if it changes nothing, remove it"
-                )
-
-
-def load_config(folder: str | Path) -> TransformerConfig:
+def load_config(folder: str | Path) -> Any:
     """Reads the ``config.json`` of a Hugging Face model folder.
 
     Raises:
       UserError: no or malformed file, unsupported architecture, or a field that cannot be represented (named).
     """
-    return parse_config(*read_json(folder))[1]
+    config = parse_config(*read_json(folder))[1]
+    return read_pixels(Path(folder), config) if isinstance(config, TwoTowerConfig) else config
 
 
 def read_json(folder: str | Path) -> tuple[dict[str, Any], str]:
@@ -95,7 +45,9 @@ def read_json(folder: str | Path) -> tuple[dict[str, Any], str]:
     return values, str(path)
 
 
-def parse_config(values: Mapping[str, Any], source: str = "config.json") -> tuple[str, TransformerConfig]:
+def parse_config(
+    values: Mapping[str, Any], source: str = "config.json"
+) -> tuple[str, TransformerConfig | TwoTowerConfig]:
     """Translates a parsed ``config.json``.
 
     Returns:
@@ -114,7 +66,7 @@ def parse_config(values: Mapping[str, Any], source: str = "config.json") -> tupl
     known = (ARCHITECTURES[family], *OTHER_ARCHITECTURES.get(family, ()))
     if named and not any(name in known or name.endswith("Model") for name in named):
         raise UserError(f"{source}: architectures is {named}; of {family} only {' and '.join(known)} is supported")
-    fields = _Fields(values, source, family)
+    fields = Fields(values, source, family)
     fields.refuse_if("quantization_config", why="means quantized weights; save the checkpoint in bfloat16 or float32")
     fields.refuse_if("is_encoder_decoder")
     fields.refuse_if("add_cross_attention")
@@ -127,7 +79,7 @@ def parse_config(values: Mapping[str, Any], source: str = "config.json") -> tupl
     return family, config
 
 
-def _read_gpt2(fields: _Fields) -> TransformerConfig:
+def _read_gpt2(fields: Fields) -> TransformerConfig:
     fields.refuse_if("scale_attn_by_inverse_layer_idx")
     embed, heads = fields("n_embd", int), fields("n_head", int)
     if embed % heads:
@@ -142,7 +94,7 @@ def _read_gpt2(fields: _Fields) -> TransformerConfig:
         head_dim=embed // heads,
         mlp_dim=fields("n_inner", int, None, null=True) or 4 * embed,
         max_length=fields("n_positions", int),
-        activation=_activation(fields, "activation_function"),  # type: ignore[arg-type]
+        activation=activation(fields, "activation_function"),  # type: ignore[arg-type]
         gated_mlp=False,
         norm="layer",
         norm_eps=fields("layer_norm_epsilon", float),
@@ -156,7 +108,7 @@ def _read_gpt2(fields: _Fields) -> TransformerConfig:
     )
 
 
-def _read_bert(fields: _Fields) -> TransformerConfig:
+def _read_bert(fields: Fields) -> TransformerConfig:
     fields.refuse_if("is_decoder")
     fields.refuse_if("position_embedding_type", lambda kind: kind != "absolute")
     fields.refuse_if("tie_word_embeddings", lambda tied: not tied, "an encoder here cannot have: its decoder is tied")
@@ -174,14 +126,14 @@ def _read_bert(fields: _Fields) -> TransformerConfig:
         num_heads=heads,
         mlp_dim=fields("intermediate_size", int),
         max_length=fields("max_position_embeddings", int),
-        activation=_activation(fields, "hidden_act"),
+        activation=activation(fields, "hidden_act"),
         norm_eps=fields("layer_norm_eps", float),
         init_stddev=fields("initializer_range", float, 0.02, positive=False),
         encoder=EncoderConfig(token_types=fields("type_vocab_size", int), num_classes=classes),
     )
 
 
-def read_llama_like(fields: _Fields) -> TransformerConfig:
+def read_llama_like(fields: Fields) -> TransformerConfig:
     """Reads what Llama's lineage calls things; a family that differs in a little calls this and replaces that."""
     family, gemma = fields.family, fields.family.startswith("gemma")
     embed, heads = fields("hidden_size", int), fields("num_attention_heads", int)
@@ -231,7 +183,7 @@ def read_llama_like(fields: _Fields) -> TransformerConfig:
         head_dim=head_dim,
         mlp_dim=fields("intermediate_size", int),
         max_length=max_length,
-        activation=_activation(fields, act),  # type: ignore[arg-type]
+        activation=activation(fields, act),  # type: ignore[arg-type]
         norm_eps=fields("rms_norm_eps", float),
         rope=rope,
         sliding_window=window,
@@ -246,7 +198,7 @@ def read_llama_like(fields: _Fields) -> TransformerConfig:
     )
 
 
-def _read_moe(fields: _Fields) -> MoEConfig:
+def _read_moe(fields: Fields) -> MoEConfig:
     mixtral = fields.family == "mixtral"
     if not mixtral:
         fields.refuse_if("mlp_only_layers", why="would mix dense and expert layers; every layer must have experts")
@@ -270,7 +222,7 @@ def _read_moe(fields: _Fields) -> MoEConfig:
     )
 
 
-def _read_window(fields: _Fields, layers: int) -> tuple[int | None, tuple[str, ...]]:
+def _read_window(fields: Fields, layers: int) -> tuple[int | None, tuple[str, ...]]:
     """Sliding window, and the pattern of layers that have it (empty: all of them)."""
     family = fields.family
     if not family.startswith(("mistral", "mixtral", "qwen", "gemma2", "gemma3")):
@@ -316,12 +268,5 @@ def shortest_pattern(local: list[bool]) -> tuple[str, ...]:
     return tuple("local" if kind else "global" for kind in local[:period])
 
 
-def _activation(fields: _Fields, name: str) -> str:
-    value = fields(name, str)
-    if value not in ACTIVATIONS:
-        raise fields.error(name, f"is {value!r}; supported: {', '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[value]
-
-
 # Families that are read in a way of their own; all others are `read_llama_like`.
-READERS: dict[str, Callable[[_Fields], TransformerConfig]] = {"gpt2": _read_gpt2, "bert": _read_bert}
+READERS: dict[str, Callable[[Fields], Any]] = {"gpt2": _read_gpt2, "bert": _read_bert, "clip": read_clip}

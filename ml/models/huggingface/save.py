@@ -12,13 +12,14 @@ import jax
 import numpy as np
 
 from ml.errors import UserError
-from ml.models.config import TransformerConfig
-from ml.models.huggingface.names import leaf_shapes, tensors
+from ml.models.huggingface.clip_config import add_end_token, write_pixels
+from ml.models.huggingface.names import Config, leaf_shapes, tensors
 from ml.models.huggingface.output_folder import appearing
 from ml.models.huggingface.safetensors_io import CHUNK_BYTES, Outgoing, storable_dtype, write
 from ml.models.huggingface.tensor import Tensor
 from ml.models.huggingface.tokenizers import special_ids, write_tokenizer
 from ml.models.huggingface.write_config import write_config
+from ml.models.two_tower_config import TwoTowerConfig
 from ml.weights import materialize
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -26,7 +27,7 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 
 def save_pretrained(
     folder: str | Path,
-    config: TransformerConfig,
+    config: Config,
     params: dict[str, Any],
     tokenizer_path: str | Path | None = None,
     *,
@@ -57,21 +58,27 @@ def save_pretrained(
     leaves = _leaves(params)
     _check(config, leaves)
     dtypes = {path: storable_dtype(_dtype(leaf) if dtype is None else dtype) for path, leaf in leaves.items()}
-    # The first spelling is for transformers 4, the second for 5.
-    values |= {"torch_dtype": str(dtypes["embed/embedding"]), "dtype": str(dtypes["embed/embedding"])}
-    values |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}  # not the family's own ids
-    if tokenizer_path is not None:
-        values |= special_ids(tokenizer_path, config.vocab_size)
+    table = tensors(config, family)
+    stored = str(dtypes[table[0].parts[0].path])
+    values |= {"torch_dtype": stored, "dtype": stored}  # the first spelling is for transformers 4, the second for 5
+    text = config.text if isinstance(config, TwoTowerConfig) else config
+    ids = {} if tokenizer_path is None else special_ids(tokenizer_path, text.vocab_size)
+    if text is config:
+        values |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **ids}  # not the family's own ids
+    elif ids:
+        add_end_token(values, ids)
     source = _Source(leaves)
     outgoing = [
         Outgoing(tensor.name, tensor.shape, dtypes[tensor.parts[0].path], functools.partial(source.rows, tensor))
-        for tensor in tensors(config, family)
+        for tensor in table
     ]
     shards = _split(outgoing, _parse_size(max_shard_size))
     with appearing(folder, overwrite) as partial:
         (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         if tokenizer_path is not None:
-            write_tokenizer(partial, tokenizer_path, config.max_length)
+            write_tokenizer(partial, tokenizer_path, text.max_length)
+        if isinstance(config, TwoTowerConfig):
+            write_pixels(partial, config)
         _write_weights(partial, shards)
 
 
@@ -155,7 +162,7 @@ def _dtype(leaf: Any) -> Any:
     return jax.eval_shape(materialize, leaf).dtype
 
 
-def _check(config: TransformerConfig, leaves: dict[str, Any]) -> None:
+def _check(config: Config, leaves: dict[str, Any]) -> None:
     """Compares the tree with the architecture."""
     shapes = leaf_shapes(config)
     for path, shape in shapes.items():

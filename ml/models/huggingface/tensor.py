@@ -42,6 +42,8 @@ class Tensor:
     def shape(self) -> tuple[int, ...]:
         """As stored: that of its parts, put together."""
         first = self.parts[0].shape
+        if not first:  # a scalar
+            return ()
         axis = min(self.axis, len(first) - 1)
         return (*first[:axis], sum(part.shape[axis] for part in self.parts), *first[axis + 1 :])
 

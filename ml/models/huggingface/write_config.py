@@ -10,12 +10,15 @@ from typing import Any
 
 from ml.errors import UserError
 from ml.models.config import MoEConfig, RopeConfig, TransformerConfig
-from ml.models.huggingface.families import ARCHITECTURES
+from ml.models.huggingface.clip_config import write_clip
+from ml.models.huggingface.families import ACTIVATION_NAMES, ARCHITECTURES
+from ml.models.huggingface.names import Config
 from ml.models.huggingface.read_config import parse_config, shortest_pattern
 from ml.models.huggingface.rope import write_rope
+from ml.models.two_tower_config import TwoTowerConfig
 
 
-def write_config(config: TransformerConfig) -> tuple[str, dict[str, Any]]:
+def write_config(config: Config) -> tuple[str, dict[str, Any]]:
     """Chooses the family that expresses ``config`` exactly.
 
     The fields are such that transformers 4 and 5 both read them.
@@ -26,6 +29,8 @@ def write_config(config: TransformerConfig) -> tuple[str, dict[str, Any]]:
     Raises:
       UserError: no family can; names the options in the way.
     """
+    if isinstance(config, TwoTowerConfig):
+        return _write_two_tower(config)
     if config.moe is not None and config.moe.bias_update_rate:
         raise UserError(
             f"moe.bias_update_rate={config.moe.bias_update_rate}: no supported Hugging Face architecture has a router "
@@ -33,18 +38,14 @@ def write_config(config: TransformerConfig) -> tuple[str, dict[str, Any]]:
         )
     wanted = canonical(config)
     closest: tuple[str, list[str]] | None = None
-    for family in ARCHITECTURES:
+    for family in (name for name in ARCHITECTURES if name != "clip"):
         try:
             special = {"gpt2": _write_gpt2, "bert": _write_bert}.get(family)
             values = _write_llama_like(family, config) if special is None else special(config)
             back = canonical(parse_config(values)[1])
         except UserError:
             continue  # the family lacks a value that this architecture needs
-        differing = [
-            f"{field.name}={getattr(config, field.name)!r}"
-            for field in dataclasses.fields(config)
-            if not _same(getattr(wanted, field.name), getattr(back, field.name))
-        ]
+        differing = _differing(config, wanted, back)
         if not differing:
             return family, values
         if closest is None or len(differing) < len(closest[1]):
@@ -54,6 +55,35 @@ def write_config(config: TransformerConfig) -> tuple[str, dict[str, Any]]:
     raise UserError(
         f"no Hugging Face architecture expresses this one: {family}, the closest, cannot have {', '.join(differing)}"
     )
+
+
+def _write_two_tower(config: TwoTowerConfig) -> tuple[str, dict[str, Any]]:
+    values = write_clip(config)
+    try:
+        back: Any = parse_config(values)[1]
+    except UserError as error:
+        raise UserError(f"no Hugging Face architecture expresses this one: {error}") from None
+    pixels = {name: getattr(config.image, name) for name in ("pixel_mean", "pixel_std")}  # in a file of their own
+    differing = [
+        *(
+            f"image.{field}"
+            for field in _differing(config.image, config.image, dataclasses.replace(back.image, **pixels))
+        ),
+        *(f"text.{field}" for field in _differing(config.text, canonical(config.text), canonical(back.text))),
+        *([] if _same(config.temperature, back.temperature) else [f"temperature={config.temperature}"]),
+    ]
+    if differing:
+        raise UserError(f"no Hugging Face architecture expresses this one: clip cannot have {', '.join(differing)}")
+    return "clip", values
+
+
+def _differing(config: Any, wanted: Any, back: Any) -> list[str]:
+    """The fields of ``config``, or of the same in another form, that did not come back."""
+    return [
+        f"{field.name}={getattr(config, field.name)!r}"
+        for field in dataclasses.fields(config)
+        if not _same(getattr(wanted, field.name), getattr(back, field.name))
+    ]
 
 
 def canonical(config: TransformerConfig) -> TransformerConfig:
@@ -100,7 +130,7 @@ def _write_gpt2(config: TransformerConfig) -> dict[str, Any]:
         "n_head": config.num_heads,
         "n_positions": config.max_length,
         "n_inner": config.mlp_dim,
-        "activation_function": {"gelu_tanh": "gelu_new"}.get(config.activation, config.activation),
+        "activation_function": ACTIVATION_NAMES.get(config.activation, config.activation),
         "layer_norm_epsilon": config.norm_eps,
         "scale_attn_weights": config.attention_scale is None,
         "resid_pdrop": 0.0,
@@ -120,7 +150,7 @@ def _write_bert(config: TransformerConfig) -> dict[str, Any]:
         "intermediate_size": config.mlp_dim,
         "max_position_embeddings": config.max_length,
         "type_vocab_size": config.encoder.token_types,
-        "hidden_act": {"gelu_tanh": "gelu_new"}.get(config.activation, config.activation),
+        "hidden_act": ACTIVATION_NAMES.get(config.activation, config.activation),
         "layer_norm_eps": config.norm_eps,
         "position_embedding_type": "absolute",
         "hidden_dropout_prob": 0.0,
@@ -137,7 +167,8 @@ def _write_llama_like(family: str, config: TransformerConfig) -> dict[str, Any]:
     divided = ("llama", "gemma2", "gemma3_text")  # transformers 5 insists, though head_dim is given
     if family in divided and config.embed_dim % config.num_heads:
         raise UserError(f"{family} needs hidden_size to be a multiple of num_attention_heads")
-    activation = {"gelu_tanh": "gelu_pytorch_tanh"}.get(config.activation, config.activation)
+    names = ACTIVATION_NAMES | {"gelu_tanh": "gelu_pytorch_tanh"}
+    activation = names.get(config.activation, config.activation)
     values = _header(family, config) | {
         "hidden_size": config.embed_dim,
         "intermediate_size": config.mlp_dim,
