@@ -4,7 +4,7 @@ import dataclasses
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeVar, Union
+from typing import Annotated, Any, Literal, TypeVar, Union
 
 from ml.errors import UserError, nearest
 
@@ -15,14 +15,16 @@ def build(cls: type[T], values: Mapping[str, Any], path: str = "config") -> T:
     """Builds the frozen dataclass ``cls`` from ``values``, checking every key and type on the way down.
 
     Args:
-      cls: a dataclass; fields may be scalars, ``Literal``, ``X | None``, ``tuple[X, ...]``, ``Mapping`` or dataclasses.
+      cls: a dataclass; fields may be scalars, ``Literal``, ``X | None``, ``tuple[X, ...]``, ``Mapping``, dataclasses or
+        a union of dataclasses, which a field ``kind: Literal[...]`` tells apart. ``Annotated[Any, X]`` is ``X`` here,
+        and whatever its readers take it for beyond.
       values: a mapping such as ``ml_collections.ConfigDict`` or parsed JSON.
       path: dotted name of ``values``, for messages.
 
     Raises:
       UserError: unknown key (names the nearest valid one), wrong type, or a value that ``cls`` itself refuses.
     """
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     kwargs = {}
     for key, value in values.items():
@@ -57,6 +59,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 def _convert(hint: Any, value: Any, path: str) -> Any:
     """Checks one value against its type hint; coerces only int -> float, list -> tuple and mapping -> dataclass."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return _convert(args[1], value, path)
     if hint is Any:
         return value
     if origin in (Union, types.UnionType):
@@ -91,12 +95,33 @@ def _convert_union(args: tuple[Any, ...], value: Any, path: str) -> Any:
     if value is None and type(None) in args:
         return None
     choices = [arg for arg in args if arg is not type(None)]
+    groups = [choice for choice in choices if dataclasses.is_dataclass(choice)]
+    if len(groups) > 1 and _is_mapping(value):
+        return _convert(_of_kind(groups, value, path), value, path)
     for choice in choices[:-1]:
         try:
             return _convert(choice, value, path)
         except UserError:
             continue
     return _convert(choices[-1], value, path)
+
+
+def _of_kind(choices: list[Any], value: Any, path: str) -> Any:
+    """Of several dataclasses the one whose ``kind`` the mapping names; without a ``kind`` the one that has none.
+
+    So a mistyped key is told of the dataclass that was meant, not of the last one that was tried.
+    """
+    named: dict[str | None, Any] = {}
+    for choice in choices:
+        hint = typing.get_type_hints(choice).get("kind")
+        named |= dict.fromkeys(typing.get_args(hint) if hint else (None,), choice)
+    kind = value.get("kind")
+    if kind in named:
+        return named[kind]
+    known = [name for name in named if name is not None]
+    if kind is None:
+        raise UserError(f"{path}.kind: required, but not given; it is one of {', '.join(map(repr, known))}")
+    raise UserError(f"{path}.kind: {kind!r} is not one of {', '.join(map(repr, known))}; {nearest(str(kind), known)}")
 
 
 def _is_mapping(value: Any) -> bool:

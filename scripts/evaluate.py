@@ -4,7 +4,7 @@ import json
 import math
 import tempfile
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import app
 from absl import flags
@@ -12,11 +12,12 @@ from absl import flags
 from ml.data.config import DataConfig, MaskedConfig, SourceConfig, SourceKind, TokenizerConfig
 
 _USAGE = """
-Measures a model on text: nats per token, perplexity, bits per byte; of an encoder also accuracy (one JSON object on
-stdout).
+Measures a model on text: nats per token, perplexity, bits per byte; of an encoder or an image classifier
+also accuracy (one JSON object on stdout).
 
   python scripts/evaluate.py --model=runs/quickstart                      # on the run's own held-out text
   python scripts/evaluate.py --model=Qwen3-0.6B --text='books/*.txt'      # on any text, JSONL or Parquet
+  python scripts/evaluate.py --model=runs/digits                          # on a run's held-out images
 """
 
 _KINDS: dict[str, SourceKind] = {
@@ -31,7 +32,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("step", None, "checkpoint of a work directory; default: the newest")
     flags.DEFINE_string("text", None, "file, folder or glob to measure on; default: the run's held-out text")
     flags.DEFINE_string("text_field", "text", "key or column that holds the text in JSONL and Parquet")
-    flags.DEFINE_integer("batch_size", 8, "sequences at a time", lower_bound=1)
+    flags.DEFINE_integer("batch_size", 8, "sequences or images at a time", lower_bound=1)
     flags.DEFINE_integer("sequence_length", 0, "tokens in a sequence; default: the run's, or at most 2048")
 
 
@@ -47,11 +48,18 @@ def main() -> None:
     from ml.parallel import MeshConfig, Rules
     from ml.train.config import TrainConfig
     from ml.train.evaluation import make_evaluate
+    from ml.train.heldout import heldout_of_run
 
     args = flags.FLAGS
     if not args.model:
         raise UserError("--model is missing; name a work directory or a Hugging Face folder")
     folder = Path(args.model).expanduser()
+    if kind := _kind(folder):
+        if args.text:
+            raise UserError(f"--text={args.text}: --model={folder} is of kind {kind!r} and reads no text; leave it out")
+        loss = heldout_of_run(folder, args.step, args.batch_size)
+        print(json.dumps(loss.scalars | {"images": loss.tokens}))
+        return
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     config, params, tokenizer_path = load_model(folder, step=args.step)
     if tokenizer_path is None:
@@ -83,7 +91,7 @@ def main() -> None:
             f"--sequence_length={data.sequence_length} is longer than the model's {config.max_length}; lower it"
         )
     with tempfile.TemporaryDirectory() as scratch:
-        prepared = prepare(data, folder if side == "heldout" else scratch, where="--text")
+        prepared: Any = prepare(data, folder if side == "heldout" else scratch, where="--text")
         check_vocab(prepared.tokenizer, config.vocab_size)
         rules = Rules.make(MeshConfig())
         rows = -(-args.batch_size // rules.batch_shards) * rules.batch_shards
@@ -97,6 +105,15 @@ def main() -> None:
     codes = {} if config.encoder else {"bits_per_byte": loss.bits_per_byte(text_bytes)}
     figures = loss.scalars | {"perplexity": math.exp(min(loss.per_token, 700))} | codes
     print(json.dumps(figures | {"tokens": loss.tokens, "bytes": text_bytes}))
+
+
+def _kind(folder: Path) -> str | None:
+    """Of the model of the run that ``folder`` is, if it is no transformer."""
+    experiment = folder / "experiment.json"
+    try:
+        return json.loads(experiment.read_text())["model"].get("kind")
+    except (OSError, ValueError, LookupError, AttributeError):
+        return None  # said where the model is loaded
 
 
 def _own_data(folder: Path):

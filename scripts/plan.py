@@ -47,7 +47,7 @@ def main() -> None:
     config = build(ExperimentConfig, values)
     plans = search(config, machine, efficiency=args.efficiency)
     console = Console()
-    tokens = config.train.batch_size * config.data.sequence_length
+    tokens = config.tokens_per_step
     console.print(
         f"{len(plans)} arrangements of {tokens:,} tokens on {machine.device_count} x {machine.kind.device_kind} fit. "
         f"Predicted, not measured: matrix products at {args.efficiency:.0%} of peak, weights' transfers overlapped.",

@@ -154,3 +154,49 @@ def test_what_the_dataclass_itself_refuses_becomes_a_user_error():
 def test_path_names_the_place():
     with pytest.raises(UserError, match=r"^experiment\.json: model\.steps: expected int"):
         build(Outer, MINIMAL | {"steps": "x"}, "experiment.json: model")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plain:
+    size: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Round:
+    radius: float = 1.0
+    kind: Literal["round"] = "round"
+
+
+@dataclasses.dataclass(frozen=True)
+class Square:
+    side: float = 1.0
+    kind: Literal["square", "rhombus"] = "square"
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    any: Plain | Round | Square = Plain()
+    named: Round | Square | None = None
+
+
+def test_a_union_is_told_apart_by_its_kind():
+    built = build(Shapes, {"any": {"size": 2}, "named": {"kind": "rhombus", "side": 3}})
+    assert built == Shapes(Plain(2), Square(3.0, "rhombus"))
+    assert build(Shapes, to_dict(built)) == built
+    assert build(Shapes, {"any": {"kind": "round"}}) == Shapes(Round())
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"any": {"sise": 2}}, "config.any.sise: no such key; did you mean 'size'?"),
+        ({"any": {"kind": "round", "radus": 2}}, "config.any.radus: no such key; did you mean 'radius'?"),
+        ({"named": {"kind": "square", "side": "wide"}}, "config.named.side: expected float"),
+        ({"any": {"kind": "rond"}}, "config.any.kind: 'rond' is not one of 'round', 'square', 'rhombus'; did you mean"),
+        ({"named": {"side": 2}}, "config.named.kind: required, but not given; it is one of 'round'"),
+    ],
+)
+def test_a_mistake_in_a_union_is_told_of_the_kind_that_was_meant(values, message):
+    with pytest.raises(UserError) as caught:
+        build(Shapes, values)
+    assert message in str(caught.value)

@@ -48,7 +48,7 @@ def load_model(
     folder = Path(path).expanduser()
     config = load_model_config(folder)
     if (folder / _EXPERIMENT).is_file():
-        params = _params_to_evaluate(folder, step, dtype)
+        params = params_to_evaluate(folder, step, dtype)
         if sharding is not None:
             params = jax.tree.map_with_path(lambda keys, leaf: _place(leaf, sharding(leaf_path(keys))), params)
         if int8:
@@ -108,11 +108,24 @@ def _read_experiment(path: Path) -> TransformerConfig:
         raise UserError(f"{path}: cannot be read: {error}") from None
     if not isinstance(experiment, dict) or not isinstance(experiment.get("model"), dict):
         raise UserError(f"{path}: has no group 'model'; is it the experiment.json of a training run?")
+    if kind := experiment["model"].get("kind"):
+        raise UserError(
+            f"{path}: holds a model of kind {kind!r}, but here a transformer is needed; name another folder"
+        )
     return build(TransformerConfig, experiment["model"], f"{path}: model")
 
 
-def _params_to_evaluate(folder: Path, step: int | None, dtype: Any) -> dict[str, Any]:
-    """The parameters that the run itself evaluates: a moving average, schedule-free's average, or just ``params``."""
+def params_to_evaluate(folder: Path, step: int | None, dtype: Any) -> dict[str, Any]:
+    """The parameters that the run itself evaluates: a moving average, schedule-free's average, or just ``params``.
+
+    Args:
+      folder: the run's work directory.
+      step: of the checkpoint; ``None``: the newest whole one.
+      dtype: ``None``: as saved.
+
+    Raises:
+      UserError: there is no such checkpoint.
+    """
     experiment = json.loads((folder / _EXPERIMENT).read_text(encoding="utf-8"))
     if experiment.get("train", {}).get("ema"):
         return restore_params(folder, step, dtype=dtype, subtree="ema")[1]

@@ -1,13 +1,17 @@
-"""From files to global batches: sources, tokenizer, packing, mixtures, resumable loaders."""
+"""From files to global batches: sources, tokenizer, packing, images, mixtures, resumable loaders."""
 
 from ml.data.config import DataConfig, LabelledConfig, MaskedConfig, SourceConfig, TokenizerConfig
-from ml.data.pipeline import HeldoutBatches, Loader, heldout_batches, make_loader, padding
-from ml.data.prepare import Prepared, PreparedSource, prepare
+from ml.data.images import CropConfig, ImageDataConfig
+from ml.data.kinds import padding, prepare
+from ml.data.pipeline import HeldoutBatches, Loader, heldout_batches, make_loader
+from ml.data.prepared import Prepared, PreparedSource
 from ml.data.tokenizer import Tokenizer, check_vocab
 
 __all__ = [
+    "CropConfig",
     "DataConfig",
     "HeldoutBatches",
+    "ImageDataConfig",
     "LabelledConfig",
     "Loader",
     "MaskedConfig",

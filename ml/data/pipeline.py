@@ -12,8 +12,6 @@ which rows share a microbatch, is not. Here each microbatch is a contiguous part
 contiguous parts of every microbatch, so that the microbatches are the same on any number of hosts.
 """
 
-import dataclasses
-import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -23,11 +21,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from ml.data.config import DataConfig
-from ml.data.labelled import LabelledReader, empty_labelled
-from ml.data.masking import PairReader, empty_pairs
-from ml.data.prepare import Prepared
-from ml.data.rows import Batch, empty_batch, gather
+from ml.data.prepared import Batch, Prepared
 from ml.errors import UserError
 
 
@@ -140,21 +134,22 @@ def make_loader(
     share = _Share(global_batch_size, shard_index, shard_count, microbatches)
     stores = [source.train for source in prepared.sources]
     weights = [source.weight for source in prepared.sources]
-    read = _Read.of(prepared, stores, _derived_seed(seed, len(stores)))
+    read = _Read(prepared.reader(stores, _derived_seed(seed, len(stores))))
+    records = sum(map(len, stores))
     first = 0
     numbers: list[Any] = []
     for index, store in enumerate(stores):
         rows = grain.MapDataset.range(first, first + len(store))
         # Grain shuffles epoch e with seed + e: seeds next to each other would share epochs, so they are spread first.
         rows = rows.shuffle(seed=_derived_seed(seed, index)).repeat()
-        if isinstance(read.read, PairReader):
-            rows = rows.map_with_index(_NumberOfEpoch(len(store), read.read.records))
+        if prepared.drawn is not None:
+            rows = rows.map_with_index(_NumberOfEpoch(len(store), records))
         numbers.append(rows)
         first += len(store)
     order = numbers[0] if len(numbers) == 1 else grain.MapDataset.mix(numbers, weights)
     contents: list[Any] = [(store.digest, weight / sum(weights)) for store, weight in zip(stores, weights, strict=True)]
-    if prepared.config.masked is not None:
-        contents.append(dataclasses.asdict(prepared.config.masked))
+    if prepared.drawn is not None:
+        contents.append(prepared.drawn)
     fingerprint = hashlib.blake2b(json.dumps([seed, contents]).encode(), digest_size=16).hexdigest()
     workers = prepared.config.num_workers if num_workers is None else num_workers
     return Loader(order, read, share, workers, fingerprint)
@@ -184,16 +179,7 @@ def heldout_batches(
     """
     share = _Share(global_batch_size, shard_index, shard_count)
     stores = [getattr(source, side) for source in prepared.sources]
-    return HeldoutBatches(sum(map(len, stores)), _Read.of(prepared, stores, seed=None), share)
-
-
-def padding(config: DataConfig, rows: int) -> Batch:
-    """A batch of nothing, with the arrays that batches of ``config`` have."""
-    if config.labelled is not None:
-        return empty_labelled(rows, config.sequence_length)
-    if config.masked is not None:
-        return empty_pairs(rows, config.sequence_length, config.masked)
-    return empty_batch(rows, config.sequence_length)
+    return HeldoutBatches(sum(map(len, stores)), _Read(prepared.reader(stores, None)), share)
 
 
 class _Share:
@@ -240,23 +226,12 @@ class _Read(grain.transforms.Map):
     def __init__(self, read: Callable[[np.ndarray], Batch]):
         self.read = read
 
-    @classmethod
-    def of(cls, prepared: Prepared, stores: Sequence[Any], seed: int | None) -> "_Read":
-        """The reader that suits the data: rows as they are, or pairs of sentences drawn by ``seed``."""
-        config, tokenizer = prepared.config.masked, prepared.tokenizer
-        if prepared.config.labelled is not None:
-            return cls(LabelledReader(stores, tokenizer.encoder_ids()))
-        if config is None:
-            return cls(functools.partial(gather, stores))
-        text = np.setdiff1d(np.arange(tokenizer.vocab_size), list(tokenizer.special_ids()))
-        return cls(PairReader(stores, config, tokenizer.encoder_ids(), text, seed))
-
     def map(self, element: np.ndarray) -> Batch:
         return self.read(np.asarray(element))
 
 
 class _NumberOfEpoch(grain.transforms.MapWithIndex):
-    """Makes the number of a row in an epoch of the number of the row, for `PairReader`."""
+    """Makes the number of a row in an epoch of the number of the row, for what is drawn anew in each epoch."""
 
     def __init__(self, rows: int, all_rows: int):
         self._rows = rows

@@ -6,11 +6,12 @@ everything that went into it, so that a second start, or another experiment on t
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from jaxtyping import UInt32
 
 from ml.data.cache import build_once
 from ml.data.config import DataConfig
-from ml.data.labelled import LabelledStore, LabelledWriter
+from ml.data.labelled import LabelledReader, LabelledStore, LabelledWriter, empty_labelled
+from ml.data.masking import PairReader, empty_pairs
+from ml.data.prepared import Batch, Prepared, PreparedSource
 from ml.data.prose import sentences
-from ml.data.rows import PackedRows, RowWriter
+from ml.data.rows import PackedRows, RowWriter, empty_batch, gather
 from ml.data.sentences import SentenceStore, SentenceWriter
 from ml.data.sources import Document, Source, is_heldout
 from ml.data.tokenizer import Tokenizer
@@ -44,25 +47,20 @@ _STORES: dict[tuple[bool, bool], tuple[str, Any]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class PreparedSource:
+class PackedSource(PreparedSource):
     """One source, tokenized and packed.
 
     Attributes:
-      name: kind and path, for reports.
-      weight: as configured.
-      train, heldout: the rows of the two sides; ``heldout`` may have none.
       heldout_file: the held-out documents as UTF-8, one right after another.
     """
 
-    name: str
-    weight: float
     train: Store
     heldout: Store
     heldout_file: Path
 
 
 @dataclasses.dataclass(frozen=True)
-class Prepared:
+class PreparedText(Prepared):
     """What `prepare` leaves: everything the loaders and the evaluation need.
 
     Bits per byte of the held-out text is the loss in nats, summed over all targets of `heldout_batches`, divided by
@@ -72,18 +70,8 @@ class Prepared:
     """
 
     config: DataConfig
+    sources: tuple[PackedSource, ...]
     tokenizer: Tokenizer
-    sources: tuple[PreparedSource, ...]
-
-    @property
-    def train_rows(self) -> int:
-        """Rows of one pass over all sources."""
-        return sum(len(source.train) for source in self.sources)
-
-    @property
-    def heldout_rows(self) -> int:
-        """Rows of one pass over the held-out documents; 0 with ``heldout_fraction=0``."""
-        return sum(len(source.heldout) for source in self.sources)
 
     @property
     def heldout_bytes(self) -> int:
@@ -99,8 +87,31 @@ class Prepared:
         """The held-out documents as UTF-8, ``heldout_bytes`` long, for a compressor to be compared with."""
         return b"".join(source.heldout_file.read_bytes() for source in self.sources)
 
+    @property
+    def codes_text(self) -> bool:
+        """A decoder's loss does; an encoder sees what stands behind a token."""
+        return not self.config.for_encoder
 
-def prepare(config: DataConfig, workdir: str | os.PathLike[str], *, where: str = "data") -> Prepared:
+    @property
+    def drawn(self) -> Any:
+        """Pairs of sentences and their masks are."""
+        return None if self.config.masked is None else dataclasses.asdict(self.config.masked)
+
+    def reader(self, stores: Sequence[Any], seed: int | None) -> Callable[[np.ndarray], Batch]:
+        """Packed rows as they are, pairs of sentences drawn by ``seed``, or labelled texts."""
+        if self.config.labelled is not None:
+            return LabelledReader(stores, self.tokenizer.encoder_ids())
+        if self.config.masked is None:
+            return functools.partial(gather, stores)
+        text = np.setdiff1d(np.arange(self.tokenizer.vocab_size), list(self.tokenizer.special_ids()))
+        return PairReader(stores, self.config.masked, self.tokenizer.encoder_ids(), text, seed)
+
+    def save(self, folder: Path) -> None:
+        """Keeps the tokenizer."""
+        self.tokenizer.save(folder)
+
+
+def prepare(config: DataConfig, workdir: str | os.PathLike[str], *, where: str = "data") -> PreparedText:
     """Makes the corpus ready, or finds it ready from an earlier call.
 
     Every process of a distributed run calls this: on one machine or a shared filesystem one of them does the work while
@@ -128,7 +139,7 @@ def prepare(config: DataConfig, workdir: str | os.PathLike[str], *, where: str =
         )
         folder = build_once(cache / f"{kind}-{key}", _Packing(config, source, tokenizer))
         prepared.append(
-            PreparedSource(
+            PackedSource(
                 name=f"{source.config.kind}:{source.config.path or 'standard library'}",
                 weight=source.config.weight,
                 train=store(folder / "train"),
@@ -136,7 +147,7 @@ def prepare(config: DataConfig, workdir: str | os.PathLike[str], *, where: str =
                 heldout_file=folder / "heldout.txt",
             )
         )
-    result = Prepared(config, tokenizer, tuple(prepared))
+    result = PreparedText(config, tuple(prepared), tokenizer)
     if config.heldout_fraction and not result.heldout_rows:
         documents = sum(source.train.documents for source in prepared)
         raise UserError(
@@ -314,3 +325,12 @@ def _pieces(text: str) -> list[str]:
 
 def _key(*parts: object) -> str:
     return hashlib.blake2b(repr((_FORMAT, *parts)).encode(), digest_size=12).hexdigest()
+
+
+def padding(config: DataConfig, rows: int) -> Batch:
+    """A batch of nothing, with the arrays that batches of ``config`` have."""
+    if config.labelled is not None:
+        return empty_labelled(rows, config.sequence_length)
+    if config.masked is not None:
+        return empty_pairs(rows, config.sequence_length, config.masked)
+    return empty_batch(rows, config.sequence_length)

@@ -2,8 +2,19 @@
 
 from ml.models.attention import AttentionLayer, AttentionStrategy, SelfAttention
 from ml.models.bert import Bert, bert_config
-from ml.models.build import Model, head_params, init_params, logical_axes, module_of
+from ml.models.build import (
+    Model,
+    ModelConfig,
+    head_params,
+    init_model_state,
+    init_params,
+    logical_axes,
+    module_of,
+    num_parameters,
+)
 from ml.models.config import EncoderConfig, MoEConfig, RopeConfig, TransformerConfig
+from ml.models.resnet import ResNet
+from ml.models.resnet_config import ResNetConfig, resnet_config
 from ml.models.transformer import REMAT_POLICIES, Transformer
 
 __all__ = [
@@ -14,13 +25,19 @@ __all__ = [
     "EncoderConfig",
     "MoEConfig",
     "Model",
+    "ModelConfig",
+    "ResNet",
+    "ResNetConfig",
     "RopeConfig",
     "SelfAttention",
     "Transformer",
     "TransformerConfig",
     "bert_config",
     "head_params",
+    "init_model_state",
     "init_params",
     "logical_axes",
     "module_of",
+    "num_parameters",
+    "resnet_config",
 ]

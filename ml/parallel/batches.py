@@ -27,30 +27,40 @@ def loader_share(rules: Rules) -> tuple[tuple[int, ...], int]:
     return tuple(sorted(parts)), count
 
 
-def place_batch(batch: Mapping[str, np.ndarray], rules: Rules, microbatches: int) -> dict[str, jax.Array]:
-    """Puts this process's rows of a batch on the mesh as global arrays ``[microbatches, rows, length]``.
+def batch_axes(rank: int) -> tuple[str | None, ...]:
+    """The logical axes of an array ``[microbatches, rows, ...]`` on the mesh, one of whose rows has ``rank - 1`` axes.
 
-    Where the length is cut, columns are dealt to its shards in the order that balances their work.
+    Rows of one axis are sequences, which the mesh may cut; rows of more (images) stay whole.
+    """
+    return (None, "batch", "length") if rank == 2 else (None, "batch", *[None] * (rank - 1))
+
+
+def place_batch(batch: Mapping[str, np.ndarray], rules: Rules, microbatches: int) -> dict[str, jax.Array]:
+    """Puts this process's rows of a batch on the mesh as global arrays ``[microbatches, rows, ...]``.
+
+    Where the length of sequences is cut, columns are dealt to its shards in the order that balances their work.
 
     Args:
-      batch: arrays ``[microbatches * local rows, length]``: of each microbatch the parts that `loader_share` names,
-        whole in length.
+      batch: arrays ``[microbatches * local rows, ...]``: of each microbatch the parts that `loader_share` names, whole
+        in length.
       rules: the mesh, and how a batch lies on it.
       microbatches: how many there are, one after another.
     """
     parts, count = loader_share(rules)
     first = {part: position for position, part in enumerate(parts)}
-    sharding = rules.sharding(None, "batch", "length")
 
     def put(local: np.ndarray) -> jax.Array:
-        order = sequence_order(local.shape[-1], rules.mesh.shape["sequence"], rules.sequence_order)
-        held = local[:, order].reshape(microbatches, len(parts), -1, *local.shape[1:])
+        axes = batch_axes(local.ndim)
+        sharding = rules.sharding(*axes)
+        if "length" in axes:
+            local = local[:, sequence_order(local.shape[-1], rules.mesh.shape["sequence"], rules.sequence_order)]
+        held = local.reshape(microbatches, len(parts), -1, *local.shape[1:])
         size = held.shape[2]
 
         def shard(index: tuple[slice, ...] | None) -> np.ndarray:
             assert index is not None
-            _, rows, columns = index
-            return held[:, first[(rows.start or 0) // size], :, columns]
+            _, rows, *rest = index
+            return held[:, first[(rows.start or 0) // size]][:, :, *rest]
 
         return jax.make_array_from_callback((microbatches, count * size, *local.shape[1:]), sharding, shard)
 

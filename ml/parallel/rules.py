@@ -62,6 +62,8 @@ _TABLE: Mapping[str, tuple[str, ...]] = {
     "layers": ("stage",),
     "expert": ("expert",),
     "expert_logits": (),
+    "window": (),  # of a convolution
+    "channels": (),
 }
 
 

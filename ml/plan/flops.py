@@ -9,7 +9,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 
 def computed_flops(jaxpr: Any, kernel_share: float = 1.0) -> float:
-    """Counts the FLOPs of all matrix products, loops multiplied out; elementwise work is left out.
+    """Counts the FLOPs of all matrix products and convolutions, loops multiplied out; elementwise work is left out.
 
     Products whose results nothing reads are left out too, as compilers do: derivative rules leave many behind.
 
@@ -34,6 +34,8 @@ def _count(jaxpr: Jaxpr, read: list[bool], kernel_share: float) -> float:
             inner.append(_count(sub, outputs if same else [True] * len(sub.outvars), kernel_share))
         if name == "dot_general":
             total += _dot_general(eqn)
+        elif name == "conv_general_dilated":
+            total += _convolution(eqn)
         elif name == "ragged_dot_general":
             total += _ragged_dot(eqn)
         elif name == "scan":
@@ -77,6 +79,12 @@ def _dot_general(eqn: Any) -> float:
     (contracting, _), _ = eqn.params["dimension_numbers"]
     left, out = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
     return 2.0 * math.prod(out) * math.prod(left[axis] for axis in contracting)
+
+
+def _convolution(eqn: Any) -> float:
+    """Products with padding and with the zeros between the entries of a dilated image are counted too."""
+    numbers, kernel, out = eqn.params["dimension_numbers"], eqn.invars[1].aval.shape, eqn.outvars[0].aval.shape
+    return 2.0 * math.prod(out) * math.prod(kernel) / kernel[numbers.rhs_spec[0]]
 
 
 def _ragged_dot(eqn: Any) -> float:

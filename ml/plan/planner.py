@@ -54,7 +54,7 @@ def search(config: ExperimentConfig, topology: Topology, *, efficiency: float = 
     """
     model = MemoryModel(config)
     latency = LatencyModel(topology, model, efficiency)
-    tokens = config.train.batch_size * config.data.sequence_length
+    tokens = config.tokens_per_step
     flops = config.flops_per_token * tokens / topology.device_count
     plans, tightest = [], math.inf
     for degrees, layout in _meshes(config, topology):

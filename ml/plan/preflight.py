@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from ml.models import TransformerConfig
 from ml.parallel import AXES
 from ml.plan.collectives import Collective, collectives
 from ml.plan.flops import computed_flops
@@ -75,7 +76,7 @@ def preflight(config: ExperimentConfig, topology: Topology) -> Report:
     )
     mesh = program.rules.mesh
     sent = collectives(compiled.as_text(), mesh.shape, config.mesh.slice_axis) if compiled is not None else []
-    tokens = config.train.batch_size * config.data.sequence_length
+    tokens = config.tokens_per_step
     computed = computed_flops(program.traced.jaxpr, _kernel_share(config))
     line = None
     if compiled is not None:
@@ -121,6 +122,8 @@ def _network_seconds(topology: Topology, program: Program, sent: list[Collective
 
 def _kernel_share(config: ExperimentConfig) -> float:
     """Of a causal kernel's tiles, those that are not skipped."""
+    if not isinstance(config.model, TransformerConfig):
+        return 1.0
     tiles = max(1, config.data.sequence_length // _TILE)
     window = config.model.sliding_window
     reach = tiles if window is None or config.model.window_pattern else min(tiles, -(-window // _TILE) + 1)

@@ -10,8 +10,9 @@ import optax
 
 from ml.data import padding
 from ml.models import Model
-from ml.parallel import Rules
+from ml.parallel import Rules, batch_axes
 from ml.train.config import ExperimentConfig
+from ml.train.objective import make_objective
 from ml.train.setup import check_fit, make_model, optimizer_of
 from ml.train.state import TrainState, abstract_state
 from ml.train.step import make_train_step
@@ -68,7 +69,14 @@ def assemble(config: ExperimentConfig, devices: Sequence[Any] | None = None) -> 
     check_fit(config, rules)
     model = make_model(config, rules)
     tx, schedule = optimizer_of(config)
-    state = abstract_state(model, tx, rules, ema=config.train.ema > 0, offload=config.train.offload_optimizer)
+    state = abstract_state(
+        model,
+        tx,
+        rules,
+        ema=config.train.ema > 0,
+        offload=config.train.offload_optimizer,
+        model_state=make_objective(model, config.train, rules).model_state,
+    )
     return Program(config, rules, model, tx, schedule, state, abstract_batch(config, rules))
 
 
@@ -76,9 +84,9 @@ def abstract_batch(config: ExperimentConfig, rules: Rules) -> dict[str, Any]:
     """What `ml.parallel.place_batch` makes of a batch of `ml.data`, as shapes and placements."""
     train = config.train
     shape = (train.microbatches, train.batch_size // train.microbatches)
-    sharding = rules.sharding(None, "batch", "length")
 
     def abstract(array: Any) -> jax.ShapeDtypeStruct:
+        sharding = rules.sharding(*batch_axes(array.ndim))
         return jax.ShapeDtypeStruct((*shape, *array.shape[1:]), array.dtype, sharding=sharding)
 
     return {name: abstract(array) for name, array in padding(config.data, 1).items()}

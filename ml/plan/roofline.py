@@ -73,7 +73,7 @@ def roofline(
       network: axes -> seconds.
     """
     chip, devices = topology.chip, topology.device_count
-    tokens = config.train.batch_size * config.data.sequence_length
+    tokens = config.tokens_per_step
     peak = chip.float32_flops if config.train.dtype == "float32" else chip.bf16_flops
     return Roofline(
         compute=computed_flops / devices / peak,

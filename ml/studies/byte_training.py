@@ -15,7 +15,8 @@ from ml.models import Transformer, TransformerConfig, init_params, logical_axes
 from ml.optim import OptimizerConfig, ScheduleConfig, make_optimizer
 from ml.studies.byte_text import VOCAB_SIZE
 from ml.train.config import TrainConfig
-from ml.train.objective import Metrics, make_loss
+from ml.train.objective import make_loss
+from ml.train.objective_class import Metrics
 from ml.train.state import TrainState
 from ml.train.step import make_train_step
 

@@ -47,8 +47,7 @@ class Closing:
           parameters: how many there are.
         """
         self._began_at, self._parameters = _now(), parameters
-        prepared = parts.prepared
-        self._text_bytes = 0 if prepared.config.for_encoder else prepared.heldout_bytes  # an encoder codes no text
+        self._text_bytes = parts.prepared.heldout_bytes if parts.prepared.codes_text else 0
 
     def __enter__(self) -> "Closing":
         return self

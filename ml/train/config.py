@@ -1,15 +1,14 @@
 """An experiment as data: everything that `configs/*.py` and the command line can set."""
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 from ml.checkpoint import CheckpointConfig
-from ml.data import DataConfig
-from ml.errors import UserError
-from ml.models import TransformerConfig
-from ml.models.cost import train_flops_per_token
+from ml.data import DataConfig, ImageDataConfig
+from ml.models import ModelConfig
 from ml.optim import OptimizerConfig, ScheduleConfig
 from ml.parallel import HealthConfig, MeshConfig
+from ml.train.kinds import check_experiment, kind_of
 from pallas_kernels.flash_attention import Implementation
 
 
@@ -19,7 +18,7 @@ class TrainConfig:
 
     Attributes:
       steps: optimizer steps in the whole run.
-      batch_size: global batch, in sequences.
+      batch_size: global batch, in sequences or images.
       microbatches: parts of the batch that are computed one after another and summed; divides ``batch_size``.
       dtype: of activations; ``auto``: bfloat16 on accelerators, float32 on CPU. Parameters are always float32.
       remat: what the backward pass keeps of a layer (`ml.models.REMAT_POLICIES`): ``none`` keeps everything,
@@ -31,8 +30,11 @@ class TrainConfig:
         (``ring``), or heads are exchanged for tokens (``ulysses``).
       loss_chunk: tokens of a row whose logits exist at one time; 0: all.
       dropout: of an encoder's hidden states (0.1 in BERT's recipe).
+      label_smoothing: share of an image's label that is spread evenly over all classes (0.1 for ImageNet).
       z_loss: weight of ``log(Z)^2``, which keeps the softmax normalizer near one (PaLM, section 5).
       ema: decay of an exponential moving average of the parameters, used for evaluation; 0: none is kept.
+      ema_statistics: evaluate that average with an average of the running batch-norm statistics (those that its
+        parameters have seen); false: with the newest.
       noise_scale: measure the gradient's noise scale, which is about the largest batch worth training with
         (`ml.train.noise_scale`); changes nothing else. Needs microbatches, or replicas that sum gradients once a step.
       nonfinite: what a NaN or infinity in loss or gradients does: ``skip`` drops and counts the step, ``stop`` ends the
@@ -56,8 +58,10 @@ class TrainConfig:
     context: Literal["ring", "ulysses"] = "ring"
     loss_chunk: int = 0
     dropout: float = 0.0
+    label_smoothing: float = 0.0
     z_loss: float = 0.0
     ema: float = 0.0
+    ema_statistics: bool = True
     noise_scale: bool = False
     nonfinite: Literal["skip", "stop"] = "stop"
     pipeline: Literal["gpipe", "1f1b"] = "1f1b"
@@ -71,7 +75,7 @@ class TrainConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.batch_size % self.microbatches:
             raise ValueError(f"microbatches={self.microbatches} does not divide batch_size={self.batch_size}")
-        for name in ("ema", "dropout"):
+        for name in ("ema", "dropout", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1)")
 
@@ -96,11 +100,12 @@ class ExperimentConfig:
     """A whole experiment.
 
     Attributes:
+      model: an architecture; which data it learns from, and what else must fit, is said in `ml.train.kinds`.
       seed: of initial parameters and data order.
     """
 
-    model: TransformerConfig
-    data: DataConfig
+    model: Annotated[Any, ModelConfig]
+    data: Annotated[Any, DataConfig | ImageDataConfig]
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig = TrainConfig()
@@ -112,24 +117,13 @@ class ExperimentConfig:
 
     @property
     def flops_per_token(self) -> float:
-        """FLOPs of the model, forward and backward, for each token of a full row."""
-        return train_flops_per_token(self.model, self.data.sequence_length, self.data.predictions)
+        """FLOPs of the model, forward and backward, for each token of a full row, or for each image."""
+        return kind_of(self.model).flops(self)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of a batch of full rows, or its images."""
+        return self.train.batch_size * kind_of(self.model).units(self)
 
     def __post_init__(self):
-        encoder = self.model.encoder
-        if (encoder is not None) != self.data.for_encoder:
-            mend = "an encoder: set one of" if encoder else "no encoder: unset"
-            raise UserError(f"config.model is {mend} config.data.masked (pairs of sentences) and config.data.labelled")
-        if encoder is None and self.train.dropout:
-            raise UserError(f"config.train.dropout={self.train.dropout} is for encoders only; set it to 0")
-        labels = len(self.data.labelled.labels) if self.data.labelled else 0
-        if encoder is not None and encoder.num_classes != labels:
-            raise UserError(
-                f"config.model.encoder.num_classes={encoder.num_classes}, but config.data.labelled has {labels} "
-                "labels; make them equal (0 for pre-training)"
-            )
-        if self.data.sequence_length > self.model.max_length:
-            raise UserError(
-                f"config.data.sequence_length={self.data.sequence_length} is longer than the model's "
-                f"config.model.max_length={self.model.max_length}; lower the one or raise the other"
-            )
+        check_experiment(self)

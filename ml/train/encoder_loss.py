@@ -1,6 +1,6 @@
 """What an encoder learns from: masked tokens and the next sentence (Devlin et al. 2019, section 3.1), or classes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,23 +10,21 @@ from jaxtyping import Array, Float, Int
 from ml.models import Bert, SelfAttention, head_params
 from ml.train.config import TrainConfig
 from ml.train.loss import chunked_loss
-
-Batch = Mapping[str, jax.Array]
-Metrics = dict[str, jax.Array]
+from ml.train.objective_class import Batch, Metrics
 
 
 def make_pretraining_loss(model: Bert, config: TrainConfig) -> Callable[..., tuple[jax.Array, Metrics]]:
-    """Returns ``(params, microbatch, expert_counts=None) -> (objective, metrics)``, for `ml.data.masking`'s batches.
+    """Returns ``(params, microbatch, extras=None) -> (objective, metrics)``, for `ml.data.masking`'s batches.
 
     The objective is the cross-entropy of the masked tokens, weighted by ``loss_mask``, plus that of the next sentence,
-    weighted by ``row_mask``; the masks say what the two are averaged over (`ml.train.objective.Objective.weighed`).
+    weighted by ``row_mask``; the masks say what the two are averaged over (`Objective.weighed`).
     """
 
     def logits_of(head: Any, hidden: jax.Array) -> Any:
         return model.apply({"params": head}, hidden, method="logits")
 
-    def loss(params, batch, expert_counts=None):
-        del expert_counts  # an encoder has none
+    def loss(params, batch, extras=None):
+        del extras  # an encoder has none
         hidden = encoded(model, config, params, batch)
         objective, (nll, correct) = chunked_loss(
             logits_of,
@@ -42,7 +40,7 @@ def make_pretraining_loss(model: Bert, config: TrainConfig) -> Callable[..., tup
         sentence_nll, sentence_correct = classified(sentences, batch["next_sentence"], batch["row_mask"])
         metrics = {"loss": nll, "accuracy": correct}
         metrics |= {"next_sentence_loss": sentence_nll, "next_sentence_accuracy": sentence_correct}
-        return objective + sentence_nll, metrics | {"expert_counts": no_experts(model)}
+        return objective + sentence_nll, metrics
 
     return loss
 
@@ -50,12 +48,12 @@ def make_pretraining_loss(model: Bert, config: TrainConfig) -> Callable[..., tup
 def make_classification_loss(model: Bert, config: TrainConfig) -> Callable[..., tuple[jax.Array, Metrics]]:
     """Returns the same for `ml.data.labelled`'s batches: the cross-entropy of the labels, weighted by ``loss_mask``."""
 
-    def loss(params, batch, expert_counts=None):
-        del expert_counts
+    def loss(params, batch, extras=None):
+        del extras
         hidden = encoded(model, config, params, batch)
         logits: Any = model.apply({"params": params}, hidden, method="class_logits")
         nll, correct = classified(logits, batch["targets"], batch["loss_mask"])
-        return nll, {"loss": nll, "accuracy": correct, "expert_counts": no_experts(model)}
+        return nll, {"loss": nll, "accuracy": correct}
 
     return loss
 
@@ -96,8 +94,3 @@ def classified(
     log_z = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     correct = at_label >= logits.max(axis=-1, keepdims=True)
     return jnp.sum((log_z - at_label) * mask), jnp.sum(correct * mask)
-
-
-def no_experts(model: Bert) -> Int[Array, "layers 0"]:
-    """The counts of a model without experts."""
-    return jnp.zeros((model.config.num_layers, 0), jnp.int32)

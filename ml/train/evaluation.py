@@ -47,28 +47,34 @@ class HeldoutLoss:
 
 
 def make_evaluate(model: Model, config: TrainConfig, rules: Rules) -> Callable[..., HeldoutLoss]:
-    """Returns ``(params, batches, limit=None) -> HeldoutLoss`` over the first ``limit`` batches (``None``: all)."""
+    """Returns ``(params, batches, limit=None, model_state={}) -> HeldoutLoss``.
+
+    It goes over the first ``limit`` batches (``None``: all); ``model_state`` is that of the `TrainState`.
+    """
     config = dataclasses.replace(config, z_loss=0.0)
     staged = rules.mesh.shape["stage"] > 1
     objective = make_objective(model, config, rules)
     # How evenly experts are used is a matter of training.
     names = [name for name in objective.masks if name != "balance"]
     masks = sorted(set(objective.masks.values()))
-    loss = pipelined_loss(model, config, rules) if staged and isinstance(model, Transformer) else objective.loss
+    if staged and isinstance(model, Transformer):
+        objective = dataclasses.replace(objective, loss=pipelined_loss(model, config, rules))
+    loss = objective.evaluation
 
     @jax.jit
-    def accumulate(total, params, batch):
-        _, metrics = loss(params, batch if staged else jax.tree.map(lambda x: x[0], batch))
+    def accumulate(total, params, model_state, batch):
+        _, metrics = loss(params, model_state, batch if staged else jax.tree.map(lambda x: x[0], batch))
         return total + jnp.stack([*(metrics[name] for name in names), *(batch[mask].sum() for mask in masks)])
 
-    def evaluate(params, batches, limit=None):
+    def evaluate(params, batches, limit=None, model_state=None):
         sums = np.zeros(len(names) + len(masks))
         for group in _groups(batches, limit):
             # float32 sums of a few batches on the device, float64 beyond: a long text must not lose its last digits.
             zeros = np.zeros(len(sums), np.float32)
             total = jax.make_array_from_callback(zeros.shape, rules.sharding(None), zeros.__getitem__)
             for batch in group:
-                total = accumulate(total, params, place_batch(batch, rules, _parts(batch, rules)))
+                placed = place_batch(batch, rules, _parts(batch, rules))
+                total = accumulate(total, params, model_state or {}, placed)
             sums += jax.device_get(total)
         counts = dict(zip(masks, sums[len(names) :].tolist(), strict=True))
         totals = dict(zip(names, sums.tolist(), strict=False))
@@ -81,7 +87,7 @@ def make_evaluate(model: Model, config: TrainConfig, rules: Rules) -> Callable[.
 def _parts(batch: Any, rules: Rules) -> int:
     """Into how many microbatches a batch is cut: as many as there are stages to keep busy, if its rows divide."""
     stages = rules.mesh.shape["stage"]
-    return stages if len(batch["tokens"]) % (stages * len(loader_share(rules)[0])) == 0 else 1
+    return stages if len(batch["loss_mask"]) % (stages * len(loader_share(rules)[0])) == 0 else 1
 
 
 def _groups(batches: Iterable[Any], limit: int | None, size: int = 16) -> Iterable[list[Any]]:

@@ -6,24 +6,30 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import PyTree
 
 from ml.models import Model, Transformer, logical_axes
 from ml.parallel import LAYOUTS, Rules
 from ml.train import noise_scale
 from ml.train.config import TrainConfig
-from ml.train.objective import Batch, Metrics, make_objective
+from ml.train.objective import make_objective
+from ml.train.objective_class import Batch, Metrics
 from ml.train.pipeline import pipelined_value_and_grad
 from ml.weights import Gathered
+
+# Kernels with such an axis are multiplied where JAX keeps no partial sums apart: in a `shard_map` (experts), or where
+# placement is left to the compiler (convolutions).
+_SUMMED_AT_ONCE = {"expert", "channels"}
 
 
 def make_gradients(
     model: Model, config: TrainConfig, rules: Rules | None
-) -> Callable[[PyTree, Batch], tuple[PyTree, Metrics, Int[Array, "layers experts"], Metrics]]:
-    """Returns ``(params, batch [microbatches, rows, length]) -> (gradients, metrics, expert counts, noise)``.
+) -> Callable[[PyTree, Batch], tuple[PyTree, Metrics, Metrics, Metrics]]:
+    """Returns ``(params, batch [microbatches, rows, ...]) -> (gradients, metrics, extras, noise)``.
 
-    Gradients and metrics are summed over counted tokens; the counts say how often each expert was chosen, the last how
-    much the parts of the batch disagree (`noise_scale.estimate`), if ``config.noise_scale`` asks for it.
+    Gradients and metrics are summed over counted tokens, extras are what the objective adds up besides (how often each
+    expert was chosen), the last says how much the parts of the batch disagree (`noise_scale.estimate`), if
+    ``config.noise_scale`` asks for it.
 
     Gradients are float32 and leave cut as the parameters are kept, however they were accumulated.
 
@@ -35,34 +41,35 @@ def make_gradients(
     if rules is not None and rules.mesh.shape["stage"] > 1:
         assert isinstance(model, Transformer)  # `check_fit` refuses encoders
         return _through_stages(model, config, rules)
-    objective_of, moe = make_objective(model, config, rules), model.config.moe
+    objective_of = make_objective(model, config, rules)
 
     def gradients(params, batch):
         variables, constants = _differentiated(params, model, rules)
         grad_of = jax.value_and_grad(lambda v, *rest: objective_of.loss(_weights(v, constants), *rest), has_aux=True)
 
-        def of_microbatch(microbatch, expert_counts):
-            (objective, metrics), grads = grad_of(variables, microbatch, expert_counts)
+        def of_microbatch(microbatch, extras):
+            (objective, metrics), grads = grad_of(variables, microbatch, extras)
             if config.noise_scale:
                 metrics |= {"squares": noise_scale.part_squares(variables, grads, microbatch["loss_mask"])}
             return grads, metrics | {"objective": objective}
 
         def accumulate(total, microbatch):
-            return jax.tree.map(jnp.add, total, of_microbatch(microbatch, total[1]["expert_counts"])), None
+            earlier = {name: total[1][name] for name in nothing}
+            return jax.tree.map(jnp.add, total, of_microbatch(microbatch, earlier)), None
 
-        no_counts = jnp.zeros((model.config.num_layers, moe.num_experts if moe else 0), jnp.int32)
-        if batch["tokens"].shape[0] == 1:  # there is nothing to add up, and no second copy of the gradient
-            grads, metrics = of_microbatch(jax.tree.map(lambda x: x[0], batch), no_counts)
+        nothing = objective_of.extras()
+        if batch["loss_mask"].shape[0] == 1:  # there is nothing to add up, and no second copy of the gradient
+            grads, metrics = of_microbatch(jax.tree.map(lambda x: x[0], batch), nothing)
         else:
             scalars: dict[str, Any] = dict.fromkeys((*objective_of.masks, "objective"), jnp.zeros((), jnp.float32))
             if config.noise_scale:
                 scalars["squares"] = noise_scale.no_squares(variables)
-            start = jax.tree.map(_zero_gradient, variables), scalars | {"expert_counts": no_counts}
+            start = jax.tree.map(_zero_gradient, variables), scalars | nothing
             (grads, metrics), _ = jax.lax.scan(accumulate, start, batch)
-        expert_counts, squares = metrics.pop("expert_counts"), metrics.pop("squares", None)
+        extras, squares = {name: metrics.pop(name) for name in nothing}, metrics.pop("squares", None)
         grads = jax.tree.map(_as_kept, grads, params)
         noise = noise_scale.estimate(squares, variables, grads, batch["loss_mask"]) if squares is not None else {}
-        return grads, metrics, expert_counts, noise
+        return grads, metrics, extras, noise
 
     return gradients
 
@@ -74,8 +81,8 @@ def _through_stages(model: Transformer, config: TrainConfig, rules: Rules):
     def gradients(params, batch):
         variables, constants = _differentiated(params, model, rules)
         grads, metrics = step(variables, batch, constants)
-        expert_counts = metrics.pop("expert_counts")
-        return jax.tree.map(_as_kept, grads, params), metrics, expert_counts, {}
+        extras = {"expert_counts": metrics.pop("expert_counts")}
+        return jax.tree.map(_as_kept, grads, params), metrics, extras, {}
 
     return gradients
 
@@ -97,7 +104,7 @@ def _differentiated(params: PyTree, model: Model, rules: Rules | None) -> tuple[
 
     def read(path, names, x):
         spec = rules.spec(*names, kind="compute")
-        if apart and path[-1].key in ("kernel", "embedding") and "expert" not in names:
+        if apart and path[-1].key in ("kernel", "embedding") and not _SUMMED_AT_ONCE & set(names):
             spec = PartitionSpec(*spec, reduced=apart)
         if jax.typeof(x).sharding.spec == spec:
             return x

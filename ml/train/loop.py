@@ -9,13 +9,14 @@ import jax
 
 from ml.checkpoint import Checkpointer
 from ml.data import Prepared
-from ml.models.cost import parameter_count
+from ml.models import num_parameters
 from ml.parallel import place_batch
 from ml.parallel.processes import Agreement, Watch
 from ml.train.closing import Closing
 from ml.train.config import ExperimentConfig
 from ml.train.evaluation import HeldoutLoss
 from ml.train.interrupt import Interrupt
+from ml.train.kinds import kind_of
 from ml.train.memory import MemoryUse, memory_use, predicted_activations
 from ml.train.recorder import Pending, Recorder
 from ml.train.setup import make_parts, make_state
@@ -41,6 +42,8 @@ class Result:
       memory: on a device; ``None`` if no step was run.
       prepared: the data.
       workdir: where everything lies.
+      unit: what ``tokens`` counts: tokens or images.
+      broken: images that could not be read in training.
     """
 
     step: int
@@ -55,6 +58,8 @@ class Result:
     memory: MemoryUse | None
     prepared: Prepared
     workdir: Workdir
+    unit: str = "tokens"
+    broken: int = 0
 
 
 def train(config: ExperimentConfig, path: str | os.PathLike[str], watch: Watch | None = None) -> Result:
@@ -81,7 +86,7 @@ def train(config: ExperimentConfig, path: str | os.PathLike[str], watch: Watch |
     mesh, steps = parts.rules.mesh, config.train.steps
     peak = peak_flops(mesh.devices.flat[0].device_kind, parts.model.dtype)
     peak = peak and peak * mesh.size
-    flops, parameters = config.flops_per_token, parameter_count(config.model).total
+    flops, parameters = config.flops_per_token, num_parameters(config.model)
     memory, seconds, evaluating, stop = None, 0.0, 0.0, 0
 
     with (
@@ -141,7 +146,7 @@ def train(config: ExperimentConfig, path: str | os.PathLike[str], watch: Watch |
                     pause = time.monotonic()
                     if config.eval.every and step % config.eval.every == 0 and parts.prepared.heldout_rows:
                         batches = watch.over(parts.heldout, "evaluating")
-                        loss = parts.evaluate(parts.params_to_evaluate(state), batches, config.eval.batches)
+                        loss = parts.heldout_loss(state, batches, config.eval.batches)
                         more = {f"eval_{name}": value for name, value in loss.scalars.items()}
                     recorder.finish(pending, more)
                     pending = None
@@ -160,9 +165,8 @@ def train(config: ExperimentConfig, path: str | os.PathLike[str], watch: Watch |
             memory = closing.memory = memory_use(state, compiled)  # now with the peak that the device measured
         heldout = None
         if not stop and parts.prepared.heldout_rows:
-            recorder.display.log("evaluating on the whole held-out text")
-            batches = watch.over(parts.heldout, "evaluating")
-            heldout = closing.heldout = parts.evaluate(parts.params_to_evaluate(state), batches)
+            recorder.display.log("evaluating on all held-out data")
+            heldout = closing.heldout = parts.heldout_loss(state, watch.over(parts.heldout, "evaluating"))
         watch.at("saving")
         checkpointer.wait()
         parts.loader.close()
@@ -182,4 +186,6 @@ def train(config: ExperimentConfig, path: str | os.PathLike[str], watch: Watch |
         memory=memory,
         prepared=parts.prepared,
         workdir=workdir,
+        unit=kind_of(config.model).unit,
+        broken=recorder.broken,
     )

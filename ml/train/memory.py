@@ -5,11 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from ml.models.cost import activation_memory, device_model
 from ml.train.config import ExperimentConfig
+from ml.train.kinds import kind_of
 from ml.train.state import TrainState
 
 
@@ -61,35 +60,14 @@ def memory_use(state: TrainState, compiled: Any) -> MemoryUse:
 
 
 def predicted_activations(config: ExperimentConfig, degrees: Mapping[str, int], dtype: Any) -> int:
-    """Bytes of activations on a device, by formula (`ml.models.cost`), known before anything is compiled.
+    """Bytes of activations on a device, by formula, known before anything is compiled.
 
     Args:
       config: the experiment.
       degrees: mesh axis -> degree.
       dtype: of activations.
     """
-    train = config.train
-    rows = train.batch_size // (train.microbatches * degrees["data"] * degrees["fsdp"] * degrees["expert"])
-    length = config.data.sequence_length // degrees["sequence"]
-    blocked = train.attention in ("xla", "reference") or (train.attention == "auto" and jnp.dtype(dtype).itemsize == 4)
-    outputs = min(config.data.predictions, length)
-    held = activation_memory(
-        device_model(config.model, degrees),
-        batch=rows,
-        length=length,
-        remat=train.remat,
-        dtype=dtype,
-        attention="xla" if blocked else "kernel",
-        logit_tokens=rows * min(train.loss_chunk or outputs, outputs),
-        expert_degree=degrees["expert"],
-    )
-    in_flight = 1
-    if degrees["stage"] > 1:  # 1F1B keeps as many microbatches in flight as there are stages
-        in_flight = train.microbatches if train.pipeline == "gpipe" else min(degrees["stage"], train.microbatches)
-    saved = held.saved * in_flight
-    if config.mesh.sequence_residual and train.remat == "full":
-        saved //= degrees["tensor"]
-    return saved + max(held.block, held.head)
+    return kind_of(config.model).activations(config, degrees, dtype)
 
 
 def bytes_per_device(tree: PyTree) -> int:

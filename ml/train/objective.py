@@ -1,6 +1,5 @@
 """What is minimized: a microbatch's loss as a function of the parameters."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -8,87 +7,73 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ml.models import AttentionStrategy, Model, SelfAttention, Transformer, head_params
-from ml.models.moe import MoEStats
+from ml.models import AttentionStrategy, Bert, Model, ResNet, SelfAttention, Transformer, head_params
+from ml.models.moe import MoEStats, update_router_bias
 from ml.parallel import Rules
 from ml.parallel.context import RingAttention, UlyssesAttention
 from ml.train.config import TrainConfig
 from ml.train.encoder_loss import make_classification_loss, make_pretraining_loss
+from ml.train.image_loss import image_classes
 from ml.train.loss import chunked_loss
-
-Batch = Mapping[str, jax.Array]
-Metrics = dict[str, jax.Array]
-
-
-@dataclasses.dataclass(frozen=True)
-class Objective:
-    """A loss and what it is averaged over.
-
-    Attributes:
-      loss: ``(params, microbatch, expert_counts=None) -> (objective, metrics)``, summed over what the masks count;
-        ``metrics`` holds ``expert_counts`` besides.
-      masks: metric -> the array of a batch whose sum it is averaged over. ``loss_mask`` is that of the loss.
-      tokens: batch -> how many tokens it trains on.
-      dropout: whether the loss wants a ``dropout_key`` with each microbatch in training.
-    """
-
-    loss: Callable[..., tuple[jax.Array, Metrics]]
-    masks: Mapping[str, str]
-    tokens: Callable[[Batch], jax.Array]
-    dropout: bool = False
-
-    def weighed(self, batch: Batch, step: Int[Array, ""]) -> tuple[Batch, jax.Array]:
-        """Readies a whole step's batch, so that dividing sums by the sum of ``loss_mask`` averages everything.
-
-        Args:
-          batch: ``[microbatches, rows, ...]``.
-          step: number of the step, from which the keys of its dropout follow.
-
-        Returns:
-          The batch with all other masks scaled accordingly, and the sum of ``loss_mask``.
-        """
-        count = batch["loss_mask"].sum()
-        others = sorted({name for name in self.masks.values() if name != "loss_mask"})
-        scaled = {name: batch[name] * (count / jnp.maximum(batch[name].sum(), 1)) for name in others}
-        keys = {"dropout_key": dropout_keys(step, len(batch["tokens"]))} if self.dropout else {}
-        return {**batch, **scaled, **keys}, count
+from ml.train.objective_class import Batch, Metrics, Objective
 
 
 def make_objective(model: Model, config: TrainConfig, rules: Rules | None = None) -> Objective:
-    """The objective that suits the model: next tokens; of an encoder masked tokens and next sentence, or classes."""
-    if isinstance(model, Transformer):
-        names = ("loss", "balance")
-        counted = dict.fromkeys(names, "loss_mask")
-        return Objective(make_loss(model, config, rules), counted, lambda batch: batch["loss_mask"].sum())
+    """The objective that suits the model, by the table `OBJECTIVES`."""
+    return OBJECTIVES[type(model)](model, config, rules)
+
+
+def next_tokens(model: Transformer, config: TrainConfig, rules: Rules | None) -> Objective:
+    """A decoder's objective."""
+    moe, layers = model.config.moe, model.config.num_layers
+
+    def settle(params, model_state, extras, count):
+        del count
+        if moe and moe.bias_update_rate:
+            params = update_router_bias(params, extras["expert_counts"], moe.bias_update_rate)
+        return params, model_state
+
+    return Objective(
+        make_loss(model, config, rules),
+        dict.fromkeys(("loss", "balance"), "loss_mask"),
+        lambda batch: {"tokens": batch["loss_mask"].sum()},
+        extras=lambda: {"expert_counts": jnp.zeros((layers, moe.num_experts if moe else 0), jnp.int32)},
+        settle=settle,
+    )
+
+
+def masked_tokens_or_classes(model: Bert, config: TrainConfig, rules: Rules | None) -> Objective:
+    """An encoder's: masked tokens and next sentence, or classes."""
+    del rules
     masks = {"loss": "loss_mask", "accuracy": "loss_mask"}
     loss = make_classification_loss(model, config)
     if model.config.encoder is not None and not model.config.encoder.num_classes:
         masks |= {"next_sentence_loss": "row_mask", "next_sentence_accuracy": "row_mask"}
         loss = make_pretraining_loss(model, config)
-    return Objective(loss, masks, lambda batch: (batch["segment_ids"] > 0).sum(), dropout=config.dropout > 0)
 
+    def counts(batch):
+        return {"tokens": (batch["segment_ids"] > 0).sum()}
 
-def dropout_keys(step: Int[Array, ""], microbatches: int) -> jax.Array:
-    """A key for each microbatch of a step, the same whenever the step is done again (after a restart)."""
-    return jax.random.split(jax.random.fold_in(jax.random.key(0), step), microbatches)
+    return Objective(loss, masks, counts, dropout=config.dropout > 0)
 
 
 def make_loss(
     model: Transformer, config: TrainConfig, rules: Rules | None = None
 ) -> Callable[..., tuple[jax.Array, Metrics]]:
-    """Returns ``(params, microbatch, expert_counts=None) -> (objective, metrics)``, summed over counted tokens.
+    """Returns ``(params, microbatch, extras=None) -> (objective, metrics)``, summed over counted tokens.
 
-    ``expert_counts [layers, experts]`` are those of the same step's earlier microbatches; ``metrics`` holds this one's.
+    ``extras["expert_counts"] [layers, experts]`` are those of the same step's earlier microbatches; ``metrics`` holds
+    this one's.
     """
 
-    def loss(params, batch, expert_counts=None):
+    def loss(params, batch, extras=None):
         outputs: Any = model.apply(
             {"params": params},
             batch["tokens"],
             self_attention(batch["segment_ids"], config, rules),
             batch["positions"],
             valid=valid_tokens(batch),
-            expert_counts=expert_counts,
+            expert_counts=extras and extras["expert_counts"],
         )
         hidden, _, stats = outputs
         objective, nll = head_loss(model, config, params, hidden, batch)
@@ -132,3 +117,10 @@ def self_attention(
     if config.context == "ring":
         return RingAttention(segment_ids, rules.spec, rules.sequence_order)
     return UlyssesAttention(segment_ids, rules.spec, rules.sequence_order, config.attention)
+
+
+OBJECTIVES: Mapping[type, Callable[[Any, TrainConfig, Rules | None], Objective]] = {
+    Transformer: next_tokens,
+    Bert: masked_tokens_or_classes,
+    ResNet: image_classes,
+}

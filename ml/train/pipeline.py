@@ -33,7 +33,8 @@ from ml.parallel import Rules
 from ml.parallel.layer_dealing import collect, deal
 from ml.parallel.pipeline_schedule import Events, Phase, Schedule, Units, check_pipeline
 from ml.train.config import TrainConfig
-from ml.train.objective import Batch, Metrics, self_attention
+from ml.train.objective import self_attention
+from ml.train.objective_class import Batch, Metrics
 from ml.train.pipeline_parts import Parts, Wrap
 
 

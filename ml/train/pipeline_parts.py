@@ -13,7 +13,8 @@ from jaxtyping import Array, Float, Int, PyTree
 from ml.models import AttentionStrategy, Transformer, logical_axes
 from ml.parallel import Rules
 from ml.train.config import TrainConfig
-from ml.train.objective import Batch, Metrics, balance_loss, head_loss, valid_tokens
+from ml.train.objective import balance_loss, head_loss, valid_tokens
+from ml.train.objective_class import Batch, Metrics
 from ml.weights.shards import mesh_axes
 
 # (what is differentiated, constants that belong to it) -> parameters of the model. Leaf by leaf, so that it holds for

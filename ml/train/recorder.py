@@ -13,6 +13,7 @@ import numpy as np
 
 from ml.errors import UserError
 from ml.train.config import ExperimentConfig
+from ml.train.kinds import kind_of
 from ml.train.noise_scale import SmoothedNoiseScale
 from ml.train.reporting import MetricsFile, ProgressDisplay, TensorBoardWriter, plot_loss, read_metrics
 from ml.train.workdir import Workdir
@@ -37,7 +38,8 @@ class Recorder:
     """Writes and shows what a run did; only the first process does.
 
     Attributes:
-      tokens: counted tokens trained on so far.
+      tokens: counted tokens (images) trained on so far.
+      broken: broken images met in training so far, in whose place others stood.
     """
 
     def __init__(
@@ -52,6 +54,8 @@ class Recorder:
         peak_flops: float | None,
     ):
         self.tokens: int = state.get("tokens", 0)
+        self.broken: int = state.get("broken", 0)
+        self._unit = kind_of(config.model).unit
         self._noise = SmoothedNoiseScale(**state.get("noise_scale", {}))
         self._config, self._workdir, self._skipped = config, workdir, skipped
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
@@ -61,7 +65,8 @@ class Recorder:
     @property
     def state(self) -> dict[str, Any]:
         """What the next start needs, as plain numbers: for the checkpoint, and for ``state`` of the next recorder."""
-        return {"tokens": self.tokens, "noise_scale": dataclasses.asdict(self._noise)}
+        broken = {"broken": self.broken} if self.broken else {}
+        return {"tokens": self.tokens, "noise_scale": dataclasses.asdict(self._noise)} | broken
 
     def __enter__(self) -> "Recorder":
         first, steps = self._first_step, self._config.train.steps
@@ -76,6 +81,7 @@ class Recorder:
                 first_step=first,
                 peak_flops=self._peak_flops,
                 flops_per_token=self._flops_per_token,
+                unit=self._unit,
                 stream=None if self._writes else self._stack.enter_context(open(os.devnull, "w")),
             )
         )
@@ -101,15 +107,20 @@ class Recorder:
         noise = self._noise.tokens if "noise_signal" in scalars else None
         self.display.update(pending.step, loss=scalars["loss"], tokens=round(scalars["tokens"]), noise_scale=noise)
         speed = self.display.tokens_per_second
-        row = {name: value for name, value in scalars.items() if name not in ("balance", "objective")}
-        row["tokens"], row["skipped"] = round(scalars["tokens"]), round(scalars["skipped"])
-        if self._config.model.moe is not None:
+        row = {
+            name: value for name, value in scalars.items() if name not in ("balance", "objective", "tokens", "broken")
+        }
+        row[self._unit], row["skipped"] = round(scalars["tokens"]), round(scalars["skipped"])
+        if getattr(self._config.model, "moe", None) is not None:
             row["balance"] = scalars["balance"]
+        if "broken" in scalars:
+            self.broken += round(scalars["broken"])
+            row["broken_seen"] = self.broken
         if noise is not None:
             row["noise_scale"] = noise
-        row |= {"tokens_seen": self.tokens, **(more or {})}
+        row |= {f"{self._unit}_seen": self.tokens, **(more or {})}
         if speed is not None:
-            row["tokens_per_second"] = speed
+            row[f"{self._unit}_per_second"] = speed
             if self._peak_flops:
                 row["mfu"] = speed * self._flops_per_token / self._peak_flops
         # A resumed or final step is recorded whatever the interval: the file must show where the run stands.

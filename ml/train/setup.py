@@ -1,7 +1,7 @@
 """Everything a run needs before its first step: mesh, model, optimizer, data, state."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -11,17 +11,16 @@ import optax
 from ml.checkpoint import Checkpointer
 from ml.checkpoint.pretrained import leaf_path, load_model, load_model_config
 from ml.config import to_dict
-from ml.data import HeldoutBatches, Loader, Prepared, check_vocab, heldout_batches, make_loader, prepare
+from ml.data import HeldoutBatches, Loader, Prepared, heldout_batches, make_loader, prepare
 from ml.errors import UserError
 from ml.models import Model, MoEConfig, TransformerConfig, init_params, logical_axes, module_of
-from ml.models.moe import check_experts
 from ml.optim import eval_params, make_optimizer
 from ml.parallel import Rules, loader_share
-from ml.parallel.context import check_length
-from ml.parallel.pipeline_schedule import check_pipeline
 from ml.train.config import ExperimentConfig
-from ml.train.evaluation import make_evaluate
+from ml.train.evaluation import HeldoutLoss, make_evaluate
+from ml.train.kinds import kind_of
 from ml.train.noise_scale import check_noise_scale
+from ml.train.objective import make_objective
 from ml.train.state import TrainState, init_state
 from ml.train.workdir import Workdir
 
@@ -46,6 +45,10 @@ class Parts:
             return state.ema
         return eval_params(self.config.optimizer, state.opt_state, state.params)
 
+    def heldout_loss(self, state: TrainState, batches: Iterable[Any], limit: int | None = None) -> HeldoutLoss:
+        """The loss of the state over the first ``limit`` held-out batches (``None``: all)."""
+        return self.evaluate(self.params_to_evaluate(state), batches, limit, state.model_state)
+
 
 def make_parts(config: ExperimentConfig, workdir: Workdir) -> Parts:
     """Builds mesh, model, optimizer and data.
@@ -57,9 +60,9 @@ def make_parts(config: ExperimentConfig, workdir: Workdir) -> Parts:
     rules = Rules.make(config.mesh)
     check_fit(config, rules)
     prepared = prepare(config.data, workdir.path, where="config.data")
-    check_vocab(prepared.tokenizer, config.model.vocab_size)
+    kind_of(config.model).check_data(config, prepared)
     if jax.process_index() == 0:
-        prepared.tokenizer.save(workdir.path)
+        prepared.save(workdir.path)
     model = make_model(config, rules)
     tx, schedule = optimizer_of(config)
     parts, count = loader_share(rules)
@@ -92,7 +95,7 @@ def check_fit(config: ExperimentConfig, rules: Rules) -> None:
     Raises:
       UserError: names the numbers and a valid choice.
     """
-    train, shape = config.train, rules.mesh.shape
+    train = config.train
     parts = train.microbatches * rules.batch_shards
     if train.batch_size % parts:
         raise UserError(
@@ -100,17 +103,7 @@ def check_fit(config: ExperimentConfig, rules: Rules) -> None:
             f"{rules.batch_shards} batch shards of the mesh; use a multiple of {parts}"
         )
     check_noise_scale(train, rules)
-    if config.model.encoder is not None and (axis := next((a for a in ("stage", "sequence") if shape[a] > 1), None)):
-        raise UserError(f"config.mesh.{axis}={shape[axis]} cuts no encoder; use data, fsdp and tensor instead")
-    check_length(config.data.sequence_length, shape["sequence"], rules.sequence_order)
-    check_experts(config.model, shape)
-    if shape["stage"] > 1:
-        check_pipeline(
-            num_layers=config.model.num_layers,
-            stages=shape["stage"],
-            chunks=train.pipeline_chunks,
-            microbatches=train.microbatches,
-        )
+    kind_of(config.model).check_mesh(config, rules)
     shapes = jax.eval_shape(lambda: init_params(module_of(config.model), jax.random.key(0)))
     rules.shardings(logical_axes(config.model), shapes)
 
@@ -131,8 +124,8 @@ def make_model(config: ExperimentConfig, rules: Rules) -> Model:
     dtype = config.train.dtype
     if dtype == "auto":
         dtype = "float32" if rules.mesh.devices.flat[0].platform == "cpu" else "bfloat16"
-    only = {} if config.model.encoder is None else {"dropout": config.train.dropout}
-    return module_of(config.model, dtype=jnp.dtype(dtype), remat=config.train.remat, place=rules.spec, **only)
+    fields = kind_of(config.model).fields(config)
+    return module_of(config.model, dtype=jnp.dtype(dtype), remat=config.train.remat, place=rules.spec, **fields)
 
 
 def make_state(parts: Parts, checkpointer: Checkpointer) -> tuple[TrainState, dict[str, Any]]:
@@ -150,6 +143,7 @@ def make_state(parts: Parts, checkpointer: Checkpointer) -> tuple[TrainState, di
         ema=train.ema > 0,
         offload=train.offload_optimizer,
         params=_pretrained(parts) if train.init_from and checkpointer.latest_step() is None else None,
+        model_state=make_objective(parts.model, train, parts.rules).model_state,
     )
     if checkpointer.latest_step() is None:
         return state, {}

@@ -1,5 +1,6 @@
 """What training carries from step to step, and how it comes to be on the mesh."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -24,6 +25,8 @@ class TrainState:
       opt_state: of the optax transform.
       ema: moving average of ``params``, or ``None``.
       skipped: steps dropped for a NaN or infinity.
+      model_state: what a model carries besides parameters (running statistics of batch norm), by collection; empty for
+        most (`ml.train.objective_class.Objective.model_state`).
     """
 
     step: Int[Array, ""]
@@ -31,6 +34,7 @@ class TrainState:
     opt_state: PyTree
     ema: PyTree | None
     skipped: Int[Array, ""]
+    model_state: dict[str, PyTree] = flax.struct.field(default_factory=dict)
 
 
 def init_state(
@@ -42,6 +46,7 @@ def init_state(
     ema: bool,
     offload: bool = False,
     params: Any = None,
+    model_state: Callable[[], dict[str, PyTree]] = dict,
 ) -> TrainState:
     """Creates the state on the mesh, each device only its shards.
 
@@ -53,15 +58,22 @@ def init_state(
       ema: whether to keep a moving average.
       offload: whether the optimizer state lives in the hosts' memory.
       params: parameters to start from instead of random ones, already placed.
+      model_state: of the objective.
     """
     if params is None:
         create = jax.jit(lambda key: init_params(model, key), out_shardings=_shardings(model, rules))
         params = create(jax.random.key(seed))
-    return jax.jit(lambda params: _around(params, tx, ema, offload))(params).replace(params=params)
+    return jax.jit(lambda params: _around(params, tx, ema, offload, model_state))(params).replace(params=params)
 
 
 def abstract_state(
-    model: Model, tx: optax.GradientTransformation, rules: Rules, *, ema: bool, offload: bool = False
+    model: Model,
+    tx: optax.GradientTransformation,
+    rules: Rules,
+    *,
+    ema: bool,
+    offload: bool = False,
+    model_state: Callable[[], dict[str, PyTree]] = dict,
 ) -> TrainState:
     """The state as shapes and placements: what `init_state` would make, on devices that need not exist."""
     shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
@@ -69,7 +81,7 @@ def abstract_state(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, _shardings(model, rules)
     )
     with jax.sharding.use_abstract_mesh(rules.mesh.abstract_mesh):
-        rest = jax.eval_shape(lambda params: _around(params, tx, ema, False), params)
+        rest = jax.eval_shape(lambda params: _around(params, tx, ema, False, model_state), params)
 
     def placed(leaf: Any) -> jax.ShapeDtypeStruct:
         spec = leaf.sharding.spec if leaf.sharding else PartitionSpec()  # counters made from no array have none
@@ -89,7 +101,13 @@ def _shardings(model: Model, rules: Rules) -> PyTree[NamedSharding]:
     return rules.shardings(logical_axes(model.config), shapes)
 
 
-def _around(params: PyTree, tx: optax.GradientTransformation, ema: bool, offload: bool) -> TrainState:
+def _around(
+    params: PyTree,
+    tx: optax.GradientTransformation,
+    ema: bool,
+    offload: bool,
+    model_state: Callable[[], dict[str, PyTree]],
+) -> TrainState:
     """All of a state but the parameters themselves, which are not copied."""
     opt_state, zeros = tx.init(params), jnp.zeros((2,), jnp.int32)
     return TrainState(
@@ -99,4 +117,5 @@ def _around(params: PyTree, tx: optax.GradientTransformation, ema: bool, offload
         # `copy` gives the average buffers of its own: both are donated to the step.
         ema=jax.tree.map(jnp.copy, params) if ema else None,
         skipped=zeros[1],
+        model_state=model_state(),
     )

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import optax
 
 from ml.models import Model
-from ml.models.moe import update_router_bias
 from ml.parallel import Rules
 from ml.train.config import TrainConfig
 from ml.train.gradients import make_gradients
-from ml.train.objective import Batch, Metrics, make_objective
+from ml.train.objective import make_objective
+from ml.train.objective_class import Batch, Metrics
 from ml.train.offload import moved_to_device, moved_to_host
 from ml.train.state import TrainState
 
@@ -23,7 +23,7 @@ def make_train_step(
     config: TrainConfig,
     rules: Rules | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Returns the step ``(state, batch [microbatches, rows, length]) -> (state, metrics)``; jit it, donating the state.
+    """Returns the step ``(state, batch [microbatches, rows, ...]) -> (state, metrics)``; jit it, donating the state.
 
     Everything is averaged over the *whole* batch, so the update does not depend on how the batch is cut. A step whose
     loss or gradient is not finite leaves the state as it was, but for two counters.
@@ -35,34 +35,33 @@ def make_train_step(
       config: of training.
       rules: the layout; ``None``: off any mesh.
     """
-    gradients, moe = make_gradients(model, config, rules), model.config.moe
+    gradients = make_gradients(model, config, rules)
     objective, update = make_objective(model, config, rules), optax.with_extra_args_support(tx).update
 
     def train_step(state, batch):
         weighed, count = objective.weighed(batch, state.step)
-        *sums, expert_counts, more = gradients(state.params, weighed)
+        *sums, extras, more = gradients(state.params, weighed)
         grads, metrics = jax.tree.map(lambda x: x / jnp.maximum(count, 1), sums)
         old_opt_state = moved_to_device(state.opt_state) if config.offload_optimizer else state.opt_state
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics["objective"])
         updates, opt_state = update(grads, old_opt_state, state.params, trust_ratios=more)
         params = optax.apply_updates(state.params, updates)
-        if moe and moe.bias_update_rate:
-            params = update_router_bias(params, expert_counts, moe.bias_update_rate)
+        params, model_state = objective.settle(params, state.model_state, extras, count)
         ema = state.ema and jax.tree.map(lambda a, p: config.ema * a + (1 - config.ema) * p, state.ema, params)
-        params, opt_state, ema = jax.tree.map(
+        params, opt_state, ema, model_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),
-            (params, opt_state, ema),
-            (state.params, old_opt_state, state.ema),
+            (params, opt_state, ema, model_state),
+            (state.params, old_opt_state, state.ema, state.model_state),
         )
-        metrics |= more | {
+        metrics |= more | objective.counts(batch)
+        metrics |= {
             "learning_rate": schedule(state.step - state.skipped),  # the optimizer has not counted skipped steps
             "gradient_norm": grad_norm,
             "parameter_norm": optax.tree.norm(params),
-            "tokens": objective.tokens(batch),
             "skipped": state.skipped + ~finite,
         }
         opt_state = moved_to_host(opt_state) if config.offload_optimizer else opt_state
-        return TrainState(state.step + 1, params, opt_state, ema, metrics["skipped"]), metrics
+        return TrainState(state.step + 1, params, opt_state, ema, metrics["skipped"], model_state), metrics
 
     return train_step

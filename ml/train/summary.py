@@ -17,17 +17,19 @@ def summarize(result: Result, **more: str) -> Report:
       more: further files to list, label -> path; ``sample`` is a text that the model wrote.
     """
     prepared, workdir = result.prepared, result.workdir
-    encoder = prepared.config.for_encoder  # codes no text
-    compare = not encoder and 0 < prepared.heldout_bytes <= _LARGEST_TEXT_TO_COMPRESS
-    text = [prepared.heldout_text()] if compare else []
+    codes, text_bytes = prepared.codes_text, prepared.heldout_bytes
+    compare = codes and 0 < text_bytes <= _LARGEST_TEXT_TO_COMPRESS
+    text = [prepared.heldout_text()] if compare else []  # type: ignore[attr-defined]
     speed = result.session_tokens / result.seconds if result.seconds else _last_speed(result)
     devices = jax.devices()
     return Report(
-        bits_per_byte=result.heldout.bits_per_byte(prepared.heldout_bytes) if result.heldout and not encoder else None,
-        heldout=result.heldout.scalars if result.heldout and encoder else {},
+        bits_per_byte=result.heldout.bits_per_byte(text_bytes) if result.heldout and codes else None,
+        heldout=result.heldout.scalars if result.heldout and not codes else {},
         gzip_bits_per_byte=gzip_bits_per_byte(text) if compare else None,
         xz_bits_per_byte=xz_bits_per_byte(text) if compare else None,
-        heldout_bytes=prepared.heldout_bytes,
+        heldout_bytes=text_bytes,
+        unit=result.unit,
+        broken=result.broken,
         steps=result.step,
         tokens=result.tokens,
         tokens_per_second=speed,
@@ -50,5 +52,6 @@ def summarize(result: Result, **more: str) -> Report:
 
 def _last_speed(result: Result) -> float:
     """Speed of the run's latest recorded steps, where this start had none to do."""
-    speeds = [row["tokens_per_second"] for row in read_metrics(result.workdir.metrics) if "tokens_per_second" in row]
+    name = f"{result.unit}_per_second"
+    speeds = [row[name] for row in read_metrics(result.workdir.metrics) if name in row]
     return speeds[-1] if speeds else 0.0

@@ -25,7 +25,8 @@ from ml.train.base import base
 from ml.train.config import ExperimentConfig, TrainConfig
 from ml.train.evaluation import make_evaluate
 from ml.train.loop import train
-from ml.train.objective import dropout_keys, make_objective
+from ml.train.objective import make_objective
+from ml.train.objective_class import dropout_keys
 from ml.train.reporting import print_report, read_metrics
 from ml.train.setup import check_fit, make_parts, make_state
 from ml.train.state import TrainState

@@ -29,6 +29,7 @@ class ProgressDisplay:
         first_step: int = 0,
         peak_flops: float | None = None,
         flops_per_token: float | None = None,
+        unit: str = "tokens",
         line_seconds: float = 5.0,
         stream: TextIO | None = None,
         terminal: bool | None = None,
@@ -41,6 +42,7 @@ class ProgressDisplay:
           first_step: steps done before (on resume).
           peak_flops: FLOP/s of all devices together; with ``flops_per_token``, model FLOPs utilization is shown.
           flops_per_token: of the model, forward and backward.
+          unit: what is counted.
           line_seconds: time between lines where there is no terminal.
           stream: default stderr.
           terminal: whether to draw a bar; default: whether ``stream`` is a terminal.
@@ -52,6 +54,7 @@ class ProgressDisplay:
         self._console = console
         self._total, self._first, self._step = total_steps, first_step, first_step
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
+        self._unit = unit
         self._line_seconds, self._clock = line_seconds, clock
         self._loss: float | None = None
         self._noise_scale: float | None = None
@@ -156,10 +159,10 @@ class ProgressDisplay:
     def _figures(self) -> str:
         figures = [] if self._loss is None else [f"loss {self._loss:.4f}"]
         if self._noise_scale is not None:
-            figures.append(f"noise scale {short_number(self._noise_scale)} tokens")
+            figures.append(f"noise scale {short_number(self._noise_scale)} {self._unit}")
         if self._speed is not None:
             steps_per_second, tokens_per_second = self._speed
-            figures.append(f"{short_number(tokens_per_second)} tokens/s")
+            figures.append(f"{short_number(tokens_per_second)} {self._unit}/s")
             if self._flops_per_token and self._peak_flops:
                 figures.append(f"MFU {tokens_per_second * self._flops_per_token / self._peak_flops:.1%}")
             if self._step < self._total and steps_per_second > 0:

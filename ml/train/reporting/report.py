@@ -34,6 +34,8 @@ class Report:
       files: what lies where: label -> path, in the order to show.
       sample: a text that the model wrote.
       heldout: of a model that codes no text, what else was measured on held-out text: name -> value.
+      unit: what ``tokens`` counts.
+      broken: images that could not be read in training, in whose place others stood.
     """
 
     bits_per_byte: float | None
@@ -51,6 +53,8 @@ class Report:
     files: Mapping[str, str | os.PathLike[str]] = dataclasses.field(default_factory=dict)
     sample: str | None = None
     heldout: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    unit: str = "tokens"
+    broken: int = 0
 
 
 def gzip_bits_per_byte(texts: Iterable[bytes]) -> float:
@@ -83,14 +87,16 @@ def print_report(report: Report, console: Console) -> None:
         console.print()
 
     figures = {
-        "trained": f"{report.steps:,} steps, {short_number(report.tokens)} tokens in {duration(report.seconds)}",
-        "speed": f"{short_number(report.tokens_per_second)} tokens/s",
+        "trained": f"{report.steps:,} steps, {short_number(report.tokens)} {report.unit} in {duration(report.seconds)}",
+        "speed": f"{short_number(report.tokens_per_second)} {report.unit}/s",
         "model": f"{short_number(report.parameters)} parameters",
         "device": report.device,
     }
     if report.heldout:
         named = (f"{name.replace('_', ' ')} {value:.4g}" for name, value in report.heldout.items())
         figures = {"held-out": ", ".join(named)} | figures
+    if report.broken:
+        figures["broken"] = f"{report.broken:,} images could not be read; the log names them"
     if report.flops_utilization is not None:
         figures["speed"] += f", {report.flops_utilization:.1%} of the device's peak FLOP/s"
     if report.memory is not None:

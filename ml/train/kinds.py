@@ -1,0 +1,96 @@
+"""What training has to know of each kind of model: the data it learns from, what must fit, what it costs.
+
+A further kind is a `Kind` in a file of its own and a line in `KINDS`, besides its module (`ml.models.build`), its
+objective (`ml.train.objective`) and its data (`ml.data.kinds`).
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ml.config import to_dict
+from ml.data import DataConfig, ImageDataConfig
+from ml.errors import UserError
+from ml.models import ResNetConfig, TransformerConfig
+from ml.parallel import Rules
+from ml.train import image_kind, transformer_kind
+
+# An `ml.train.config.ExperimentConfig`, which checks itself by what is here.
+Experiment = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A kind of model, as training sees it.
+
+    Attributes:
+      data: class of the data's configuration.
+      unit: what a loss is averaged over and speed is counted in: ``tokens``, ``images``.
+      units: experiment -> how many of them a full row has.
+      check: refuses an experiment whose parts do not fit one another.
+      check_mesh: refuses a mesh that cannot cut the model or its data.
+      check_data: ``(experiment, prepared data)``: refuses data that the model cannot take.
+      fields: experiment -> attributes of the module besides ``dtype``, ``remat`` and ``place``.
+      flops: experiment -> FLOPs of the model, forward and backward, for each of its units.
+      activations: ``(experiment, degrees of the mesh, dtype) -> bytes`` on a device, by formula.
+    """
+
+    data: type
+    unit: str
+    units: Callable[[Experiment], int]
+    check: Callable[[Experiment], None]
+    check_mesh: Callable[[Experiment, Rules], None]
+    check_data: Callable[[Experiment, Any], None]
+    fields: Callable[[Experiment], dict[str, Any]]
+    flops: Callable[[Experiment], float]
+    activations: Callable[[Experiment, Mapping[str, int], Any], int]
+
+
+KINDS: Mapping[type, Kind] = {
+    TransformerConfig: Kind(
+        data=DataConfig,
+        unit="tokens",
+        units=transformer_kind.units,
+        check=transformer_kind.check,
+        check_mesh=transformer_kind.check_mesh,
+        check_data=transformer_kind.check_data,
+        fields=transformer_kind.fields,
+        flops=transformer_kind.flops,
+        activations=transformer_kind.activations,
+    ),
+    ResNetConfig: Kind(
+        data=ImageDataConfig,
+        unit="images",
+        units=image_kind.units,
+        check=image_kind.check,
+        check_mesh=image_kind.check_mesh,
+        check_data=image_kind.check_data,
+        fields=image_kind.fields,
+        flops=image_kind.flops,
+        activations=image_kind.activations,
+    ),
+}
+
+
+def kind_of(model: Any) -> Kind:
+    """The kind of an architecture, by the class of its configuration."""
+    return KINDS[type(model)]
+
+
+def check_experiment(config: Experiment) -> None:
+    """Refuses an experiment whose model, data and training do not fit one another.
+
+    Raises:
+      UserError: names the fields.
+    """
+    kind = kind_of(config.model)
+    if not isinstance(config.data, kind.data):
+        wanted, given = (to_dict(data).get("kind") for data in (kind.data(), config.data))
+        raise UserError(
+            f"config.data.kind={given!r} is not what config.model learns from: set config.data to a group of kind "
+            f"{wanted!r}, or choose another config.model"
+            if wanted
+            else f"config.data.kind={given!r} is not what config.model learns from: set config.data to text, without a "
+            "kind, or choose another config.model"
+        )
+    kind.check(config)
