@@ -23,14 +23,15 @@ extensions = [
     "sphinx.ext.viewcode",
     "outside_links",
 ]
-exclude_patterns = ["_build", "results", "pictures"]
+exclude_patterns = ["reference/*/modules.rst", "results", "pictures"]
 
 apidoc_modules = [
-    {"path": str(_HERE.parent / name), "destination": "reference", "separate_modules": True, "max_depth": 1}
+    {"path": str(_HERE.parent / name), "destination": f"reference/{name}", "separate_modules": True, "max_depth": 1}
     for name in ("ml", "pallas_kernels")
 ]
 apidoc_module_first = True
-autodoc_default_options = {"members": True, "show-inheritance": False, "member-order": "bysource"}
+# Each name where it is defined, not again where it is exported.
+autodoc_default_options = {"members": True, "ignore-module-all": True, "member-order": "bysource"}
 # A docstring's shapes and types are those of the signature, which stays short without them.
 autodoc_typehints = "none"
 autodoc_preserve_defaults = True
