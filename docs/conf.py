@@ -32,12 +32,15 @@ apidoc_modules = [
 apidoc_module_first = True
 # Each name where it is defined, not again where it is exported.
 autodoc_default_options = {"members": True, "ignore-module-all": True, "member-order": "bysource"}
+# A function with the name of a module beside it, which would be one address twice.
+autodoc_default_options["exclude-members"] = "backend"
 # A docstring's shapes and types are those of the signature, which stays short without them.
 autodoc_typehints = "none"
 autodoc_preserve_defaults = True
 default_role = "code"
 napoleon_use_rtype = False
 napoleon_use_ivar = True
+napoleon_attr_annotations = False
 
 myst_heading_anchors = 3
 nitpicky = False

@@ -6,8 +6,8 @@ import sys
 from collections.abc import Generator
 from typing import Any
 
+import app
 from absl import flags
-from app import run
 from rich.console import Console
 from rich.text import Text
 
@@ -216,4 +216,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main, usage=USAGE)
+    app.run(main, usage=USAGE)

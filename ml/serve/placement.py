@@ -29,7 +29,7 @@ _LAUNCHING = threading.Lock()
 
 
 class MeshError(UserError):
-    """A mesh that is not to be had here, or that does not suit a model; it begins with the axis, ``tensor=4: ``."""
+    """A mesh that is not to be had here, or that does not suit a model; begins with the axis: ``tensor=4:``."""
 
 
 def serving_mesh(data: int = 1, tensor: int = 1) -> Mesh | None:

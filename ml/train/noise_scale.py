@@ -7,7 +7,7 @@ well below it gains from being larger as it would from more steps; one well abov
 Here the small batches are the parts that a step computes anyway: its microbatches and, of gradients that stay partial
 sums on each device, every device's part. Parts have unequal numbers of counted tokens, so the paper's comparison of two
 batch sizes becomes an analysis of variance: if ``s_i`` is the gradient of one of ``k`` parts, summed over its ``n_i``
-tokens, ``T = sum n_i`` and ``A = |sum s_i|^2``, then, without bias and for equal parts as in the paper,
+tokens, ``T = sum n_i`` and ``A = |sum s_i|^2``, then, without bias and for equal parts as in the paper::
 
     tr(Sigma) = (sum |s_i|^2 / n_i - A / T) / (k - 1),  |G|^2 = A / T^2 - tr(Sigma) / T.
 
