@@ -41,7 +41,7 @@ first-hour: env ## all that the README tells, step by step, with the quickstart'
 	$(PY) scripts/first_hour.py $(ARGS)
 
 notebooks: env ## execute the notebooks at a small size [ARGS=--save: whole, and keep what they show]
-	$(PY) scripts/notebooks.py $(ARGS)
+	$(QUICK_XLA) $(PY) scripts/notebooks.py $(ARGS)
 
 pictures: env ## make docs/pictures anew, from a quickstart that is run for it (minutes)
 	rm -rf runs/pictures && mkdir -p runs/pictures

@@ -1,6 +1,5 @@
 """Talks to a served model in the terminal."""
 
-import importlib.util
 import os
 import sys
 from collections.abc import Generator
@@ -151,8 +150,6 @@ def connect(url: str, api_key: str | None, model: str | None) -> tuple[Any, str]
     Raises:
       UserError: no server, a wrong key or no such model.
     """
-    if importlib.util.find_spec("openai") is None:
-        raise UserError("the package openai is missing: pip install -e '.[chat]'")
     import openai
 
     client = openai.OpenAI(base_url=url, api_key=api_key or "none", max_retries=0)

@@ -42,7 +42,8 @@ def test_a_seed_decides_everything(train):
         assert [row[key] for row in rows(first)] != [row[key] for row in rows(other)], key
 
 
-def test_what_a_run_returns_and_leaves(drawn_reports, train):
+@pytest.mark.usefixtures("drawn_reports")
+def test_what_a_run_returns_and_leaves(train):
     result = train(train__steps=7, eval__every=3, train__log_every=2, optimizer__learning_rate=0.1)
     metrics = rows(result)
     assert [row["step"] for row in metrics] == [2, 3, 4, 6, 7]
@@ -107,7 +108,8 @@ def test_a_step_is_read_only_after_the_next_one_was_sent(train, monkeypatch):
     assert events == ["next", "next", 1, "next", 2, "next", 3, 4]
 
 
-def test_a_loss_that_explodes(drawn_reports, train, tmp_path):
+@pytest.mark.usefixtures("drawn_reports")
+def test_a_loss_that_explodes(train, tmp_path):
     explosive = {"optimizer__name": "sgd", "optimizer__learning_rate": 1e37, "schedule__kind": "constant"}
     with pytest.raises(UserError, match=r"^step 2: .*gradient norm nan.*nonfinite_step_2.npz"):
         train("stop", **explosive)
