@@ -89,7 +89,9 @@ class Closing:
         return before | {name: value for name, value in found.items() if value is not None}
 
     def _memory(self) -> Mapping[str, int | None] | None:
-        return self.memory and {**dataclasses.asdict(self.memory), "predicted": self.memory.predicted}
+        if self.memory is None:
+            return None
+        return {**dataclasses.asdict(self.memory), "predicted": self.memory.predicted}
 
     def _heldout(self) -> Mapping[str, float] | None:
         if self.heldout is None:

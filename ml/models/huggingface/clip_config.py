@@ -131,7 +131,7 @@ def _tower(fields: Fields, name: str) -> Fields:
     return tower
 
 
-def _layers(tower: Fields) -> dict[str, int]:
+def _layers(tower: Fields) -> dict[str, Any]:
     embed, mlp, layers, heads = (tower(name, int) for name in _OF_LAYERS)
     if embed % heads:
         raise tower.error("hidden_size", f"is {embed}, not a multiple of num_attention_heads ({heads})")

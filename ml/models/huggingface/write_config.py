@@ -42,10 +42,11 @@ def write_config(config: Config) -> tuple[str, dict[str, Any]]:
         try:
             special = {"gpt2": _write_gpt2, "bert": _write_bert}.get(family)
             values = _write_llama_like(family, config) if special is None else special(config)
-            back = canonical(parse_config(values)[1])
+            back = parse_config(values)[1]
         except UserError:
             continue  # the family lacks a value that this architecture needs
-        differing = _differing(config, wanted, back)
+        assert isinstance(back, TransformerConfig)
+        differing = _differing(config, wanted, canonical(back))
         if not differing:
             return family, values
         if closest is None or len(differing) < len(closest[1]):

@@ -1,5 +1,6 @@
 """Runs side by side: curves one over another, a table of where each stands, and in which settings they differ."""
 
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -97,7 +98,7 @@ def _panels(runs: Sequence[Run], names: Sequence[str]) -> Iterator[Panel]:
         yield Panel("Loss against time", lambda axes: _draw_loss(axes, runs, names, "seconds"), note)
     for column, title in _COLUMNS.items():
         if any(run.column(column)[0].size for run in runs):
-            yield Panel(title, lambda axes, column=column: _draw_column(axes, runs, column))
+            yield Panel(title, functools.partial(_draw_column, runs=runs, column=column))
 
 
 def _draw_loss(axes: Any, runs: Sequence[Run], names: Sequence[str], over: str, *, labelled: bool = False) -> None:
@@ -106,7 +107,7 @@ def _draw_loss(axes: Any, runs: Sequence[Run], names: Sequence[str], over: str, 
     style(axes)
     tops = []
     for run, name, colour in zip(runs, names, _colours(runs), strict=True):
-        places = {"tokens": run.tokens, "step": [row["step"] for row in run.rows], "seconds": run.seconds}[over]
+        places: Any = {"tokens": run.tokens, "step": [row["step"] for row in run.rows], "seconds": run.seconds}[over]
         by_step = dict(zip([row["step"] for row in run.rows], map(float, places), strict=True))
         rows = [row for row in thinned(run.rows) if row.get("loss") is not None and np.isfinite(row["loss"])]
         x, loss = np.array([by_step[row["step"]] for row in rows]), np.array([row["loss"] for row in rows], float)

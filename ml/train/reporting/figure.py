@@ -47,7 +47,7 @@ def new_figure(width: float, height: float, *, room: tuple[float, float, float, 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    layout = "constrained" if room is None else "none"
+    layout: Any = "constrained" if room is None else "none"
     figure = Figure(figsize=(width, height), dpi=150, layout=layout, facecolor="white")
     FigureCanvasAgg(figure)
     if room is not None:

@@ -1,6 +1,7 @@
 """The pictures of a run's report, each a function that draws on axes; which ones there are depends on the run."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -78,7 +79,8 @@ def panels_of(run: Run) -> Iterator[Panel]:
         note = "tr(Σ) / |G|², in tokens: batches far beyond it gain little more"
         yield Panel("Gradient noise scale", lambda axes: _draw_noise(axes, run), note)
     for name in _others(run):
-        yield Panel(name.replace("_", " ").capitalize(), lambda axes, name=name: _draw_line(axes, run, name, BLUE))
+        drawn = functools.partial(_draw_line, run=run, name=name, colour=BLUE)
+        yield Panel(name.replace("_", " ").capitalize(), drawn)
     if run.summary.get("memory"):
         yield Panel(
             "Memory of a device",
