@@ -26,7 +26,7 @@ extensions = [
 exclude_patterns = ["reference/*/modules.rst", "results", "pictures"]
 
 apidoc_modules = [
-    {"path": str(_HERE.parent / name), "destination": f"reference/{name}", "separate_modules": True, "max_depth": 1}
+    {"path": str(_HERE.parent / name), "destination": f"reference/{name}", "separate_modules": False, "max_depth": 1}
     for name in ("ml", "pallas_kernels")
 ]
 apidoc_module_first = True
