@@ -82,7 +82,8 @@ def _thinned(lines: Sequence[str]) -> Iterator[str]:
     """All that tells something; of the lines of progress the first and the last."""
     steps = [index for index, line in enumerate(lines) if _STEP.match(line)]
     hidden = set(steps[_FIRST : len(steps) - _LAST])
-    begin = next((index for index, line in enumerate(lines) if line.startswith("memory: ") or _STEP.match(line)), 0)
+    told = ("going on from", "memory: ", "step ")  # before that the environment is made
+    begin = next((index for index, line in enumerate(lines) if line.startswith(told)), 0)
     blank = False
     for index, line in enumerate(lines[begin:], begin):
         if index in hidden:
