@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from ml.train.reporting.figure import BLUE, GREEN, GREY, INK, ORANGE, PALETTE, RED, new_figure, style
-from ml.train.reporting.plots import draw_loss, smooth, step_style, tokens_on_top
-from ml.train.reporting.progress import short_number
+from ml.train.reporting.plots import draw_loss, round_number, smooth, step_style, tokens_on_top
 from ml.train.reporting.run import TRUST_RATIO, Run
 
 # More points than a picture has pixels make the file heavy and nothing clearer.
@@ -143,7 +142,7 @@ def _draw_speed(axes: Any, run: Run) -> None:
     axes.plot(steps, speed, color=BLUE, linewidth=1.6)
     if speed.size:
         axes.set_ylim(0, max(np.percentile(speed, 99.5) * 1.2, 1e-9))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value) if value else "0"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: round_number(value)))
     axes.set_xlabel("step", color=INK)
     mfu = _plain_column(run, "mfu")[1]
     if mfu.size:
@@ -172,7 +171,7 @@ def _draw_ratios(axes: Any, run: Run) -> None:
         middle[usable] = np.nanmedian(values[kept][usable], axis=1)
         colour, dash = PALETTE[index % len(PALETTE)], "--" if index >= len(PALETTE) else "-"
         axes.plot(steps[kept], np.where(middle > 0, middle, np.nan), color=colour, linestyle=dash, label=name)
-    axes.set_yscale("log")
+    _log_scale(axes, "{:g}".format)
     axes.set_xlabel("step", color=INK)
     axes.legend(fontsize=8, frameon=False, ncols=2 if len(ratios) > 4 else 1)
 
@@ -213,18 +212,25 @@ def _last_tenth(values: np.ndarray) -> np.ndarray:
 
 
 def _draw_noise(axes: Any, run: Run) -> None:
-    from matplotlib.ticker import FuncFormatter
-
     step_style(axes)
     steps, scale = _plain_column(run, "noise_scale")
     positive = scale > 0
     axes.plot(steps[positive], scale[positive], color=BLUE, linewidth=1.6, label="noise scale")
     batch_steps, batch = _plain_column(run, "tokens")
     axes.plot(batch_steps, batch, color=ORANGE, linewidth=1.2, linestyle="--", label="this run's batch")
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
+    _log_scale(axes, round_number)
     axes.set_xlabel("step", color=INK)
     axes.legend(fontsize=9, frameon=False)
+
+
+def _log_scale(axes: Any, written: Callable[[float], str]) -> None:
+    """A logarithmic vertical axis with numbers in plain writing at 1, 2 and 5."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: written(value)))
 
 
 def _draw_memory(axes: Any, memory: Mapping[str, int | None]) -> None:
@@ -234,12 +240,16 @@ def _draw_memory(axes: Any, memory: Mapping[str, int | None]) -> None:
     for colour, (key, name) in zip((BLUE, ORANGE, GREEN, GREY), names.items(), strict=True):
         size = (memory.get(key) or 0) / 2**20
         if size:
-            axes.barh([0], [size], left=left, color=colour, height=0.5, label=f"{name} {size:,.0f} MiB")
+            axes.barh([0], [size], left=left, color=colour, height=0.5, label=f"{name} {_three_digits(size)} MiB")
             left += size
     peak = memory.get("measured_peak")
     if peak:
-        axes.axvline(peak / 2**20, color=RED, linewidth=2, label=f"measured peak {peak / 2**20:,.0f} MiB")
+        axes.axvline(peak / 2**20, color=RED, linewidth=2, label=f"measured peak {_three_digits(peak / 2**20)} MiB")
     axes.set_ylim(-0.5, 1.6)
     axes.set_yticks([])
     axes.set_xlabel("MiB", color=INK)
     axes.legend(fontsize=9, frameon=False, ncols=2, loc="upper left")
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
