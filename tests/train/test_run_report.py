@@ -54,8 +54,11 @@ def test_a_bare_run_has_a_page_too(tmp_path):
 
 
 def test_time_is_that_of_the_recorded_speed(tmp_path):
+    with MetricsFile(tmp_path / "metrics.jsonl") as file:
+        for step, speed in enumerate((None, 500.0, 1000.0, None, 250.0), 1):
+            file.write(step, {"tokens": 1000, "tokens_seen": 1000 * step, "tokens_per_second": speed})
+    np.testing.assert_allclose(read_run(tmp_path).seconds, np.cumsum([2, 2, 1, 4, 4]))  # unknown: as the next
     run = read_run(write_run(tmp_path / "run"))
-    np.testing.assert_allclose(run.seconds, 2.0 * np.arange(1, 41))  # 1000 tokens at 500 a second
     np.testing.assert_array_equal(run.tokens, 1000 * np.arange(1, 41))
     steps, ratios = run.trust_ratios()["mlp/up"]
     assert ratios.shape == (40, 2) and steps[-1] == 40 and run.trust_ratios()["embed"][1].shape == (40, 1)
