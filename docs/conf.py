@@ -36,7 +36,6 @@ autodoc_default_options = {"members": True, "ignore-module-all": True, "member-o
 autodoc_default_options["exclude-members"] = "backend"
 # A docstring's shapes and types are those of the signature, which stays short without them.
 autodoc_typehints = "none"
-autodoc_preserve_defaults = True
 default_role = "code"
 napoleon_use_rtype = False
 napoleon_use_ivar = True

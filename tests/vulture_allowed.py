@@ -3,12 +3,13 @@
 
 from unknown import _
 
-# Set on, or asked for by, objects of other libraries: Orbax, tokenizers, transformers, uvicorn, Jinja, Flax.
+# Set on, or asked for by, objects of other libraries: Orbax, tokenizers, transformers, uvicorn, Jinja, Flax, nbclient.
 _.use_compression, _.partial_load
 _.encode_special_tokens, _.pre_tokenizer, _.decoder, _.post_processor
 _.eos_token_id, _.pad_token_id
 _.handle_exit, _.sig, _.should_exit, _.force_exit
 _.tags
+_.extra_arguments
 _.replace_boxed, _.add_axis, _.remove_axis
 
 # Fields of requests: pydantic checks them, and bodies are passed on as they are.

@@ -14,8 +14,7 @@ from training_cases import MODELS, initial_params, ragged_batch
 import ml.data.sources
 import ml.optim
 import ml.studies
-import ml.train.gradients
-import ml.train.step
+import ml.train.objective
 from ml.data import SourceConfig
 from ml.errors import UserError
 from ml.models import SelfAttention, TransformerConfig, module_of
@@ -67,8 +66,7 @@ def test_an_objective(monkeypatch):
     np.testing.assert_allclose(metrics["loss"], (nll * batch["loss_mask"]).sum(), rtol=1e-5)
 
     # And the train step takes it, cut into microbatches.
-    for module in (ml.train.step, ml.train.gradients):
-        monkeypatch.setattr(module, "make_objective", make)
+    monkeypatch.setattr(ml.train.objective, "OBJECTIVES", {type(model): make})
     config = TrainConfig(batch_size=4, microbatches=2, attention="reference")
     tx, schedule = make_optimizer(
         OptimizerConfig("sgd", 0.1),

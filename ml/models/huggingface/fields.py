@@ -44,6 +44,7 @@ class Fields:
             raise self.error(name, f"is {json.dumps(self.values[name])}, which {why}")
 
     def error(self, name: str, problem: str) -> UserError:
+        """What to raise about a field."""
         return UserError(f"{self.source}: {name} {problem}")
 
     def finish(self) -> None:
