@@ -63,7 +63,7 @@ def setting(
     """The jitted step and a fresh state, on the mesh in use."""
     trained = TrainConfig(**{"steps": 10, "batch_size": ROWS, "remat": "none", **train})
     axes = logical_axes(config)
-    tx, rate = make_optimizer(optimizer, ScheduleConfig(), total_steps=10, batch_size=ROWS, axes=axes)
+    tx, rate = make_optimizer(optimizer, ScheduleConfig(kind="constant"), total_steps=10, batch_size=ROWS, axes=axes)
     model = module_of(config, **({"place": rules.spec} if rules else {}))
     params = initial_params(config)
     objective = make_objective(model, trained, rules)

@@ -3,6 +3,7 @@
 from ml.data.config import DataConfig, LabelledConfig, MaskedConfig, SourceConfig, TokenizerConfig
 from ml.data.images import CropConfig, ImageDataConfig
 from ml.data.kinds import padding, prepare
+from ml.data.lookahead import Lookahead, next_name
 from ml.data.pipeline import HeldoutBatches, Loader, heldout_batches, make_loader
 from ml.data.prepared import Prepared, PreparedSource
 from ml.data.tokenizer import Tokenizer, check_vocab
@@ -14,6 +15,7 @@ __all__ = [
     "ImageDataConfig",
     "LabelledConfig",
     "Loader",
+    "Lookahead",
     "MaskedConfig",
     "Prepared",
     "PreparedSource",
@@ -23,6 +25,7 @@ __all__ = [
     "check_vocab",
     "heldout_batches",
     "make_loader",
+    "next_name",
     "padding",
     "prepare",
 ]

@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import optax
 
-from ml.data import padding
 from ml.models import Model
-from ml.parallel import Rules, batch_axes
+from ml.parallel import Rules
+from ml.train.batch_shapes import abstract_batch
 from ml.train.config import ExperimentConfig
 from ml.train.objective import make_objective
 from ml.train.setup import check_fit, make_model, optimizer_of
@@ -69,24 +69,14 @@ def assemble(config: ExperimentConfig, devices: Sequence[Any] | None = None) -> 
     check_fit(config, rules)
     model = make_model(config, rules)
     tx, schedule = optimizer_of(config)
+    objective, batch = make_objective(model, config.train, rules), abstract_batch(config, rules)
     state = abstract_state(
         model,
         tx,
         rules,
         ema=config.train.ema > 0,
         offload=config.train.offload_optimizer,
-        model_state=make_objective(model, config.train, rules).model_state,
+        model_state=objective.model_state,
+        carried=lambda: objective.carried(batch),
     )
-    return Program(config, rules, model, tx, schedule, state, abstract_batch(config, rules))
-
-
-def abstract_batch(config: ExperimentConfig, rules: Rules) -> dict[str, Any]:
-    """What `ml.parallel.place_batch` makes of a batch of `ml.data`, as shapes and placements."""
-    train = config.train
-    shape = (train.microbatches, train.batch_size // train.microbatches)
-
-    def abstract(array: Any) -> jax.ShapeDtypeStruct:
-        sharding = rules.sharding(*batch_axes(array.ndim))
-        return jax.ShapeDtypeStruct((*shape, *array.shape[1:]), array.dtype, sharding=sharding)
-
-    return {name: abstract(array) for name, array in padding(config.data, 1).items()}
+    return Program(config, rules, model, tx, schedule, state, batch)

@@ -30,6 +30,10 @@ class TrainConfig:
         (``ring``), or heads are exchanged for tokens (``ulysses``).
       loss_chunk: tokens of a row whose logits exist at one time; 0: all.
       dropout: of an encoder's hidden states (0.1 in BERT's recipe).
+      adversarial: whether images are attacked in training (`ml.train.conadv`): ``sequential``, by the weights that then
+        train on them (DisAdv); ``concurrent``, by those of the step before (ConAdv); ``noise``: moved at random, the
+        control of both.
+      adversarial_step: how far the attack moves each pixel, in [0, 1].
       label_smoothing: share of an image's label that is spread evenly over all classes (0.1 for ImageNet).
       z_loss: weight of ``log(Z)^2``, which keeps the softmax normalizer near one (PaLM, section 5).
       ema: decay of an exponential moving average of the parameters, used for evaluation; 0: none is kept.
@@ -58,6 +62,8 @@ class TrainConfig:
     context: Literal["ring", "ulysses"] = "ring"
     loss_chunk: int = 0
     dropout: float = 0.0
+    adversarial: Literal["none", "noise", "sequential", "concurrent"] = "none"
+    adversarial_step: float = 0.1
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     ema: float = 0.0
@@ -75,6 +81,8 @@ class TrainConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.batch_size % self.microbatches:
             raise ValueError(f"microbatches={self.microbatches} does not divide batch_size={self.batch_size}")
+        if not 0 < self.adversarial_step <= 1:
+            raise ValueError(f"adversarial_step={self.adversarial_step} must lie in (0, 1]")
         for name in ("ema", "dropout", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1)")

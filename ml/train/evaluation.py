@@ -51,7 +51,7 @@ def make_evaluate(model: Model, config: TrainConfig, rules: Rules) -> Callable[.
 
     It goes over the first ``limit`` batches (``None``: all); ``model_state`` is that of the `TrainState`.
     """
-    config = dataclasses.replace(config, z_loss=0.0)
+    config = dataclasses.replace(config, z_loss=0.0, adversarial="none")
     staged = rules.mesh.shape["stage"] > 1
     objective = make_objective(model, config, rules)
     # How evenly experts are used is a matter of training.

@@ -84,9 +84,19 @@ def units(config: Experiment) -> int:
     return 1
 
 
+def lookahead(config: Experiment) -> tuple[str, ...]:
+    """What a concurrent attack is made from."""
+    return ("images", "targets") if config.train.adversarial == "concurrent" else ()
+
+
+# Passes over an image, where one backward is two forward: clean; and attacked; and the attack, whose backward pass has
+# no gradient of weights.
+_PASSES = {"none": 3.0, "noise": 6.0, "sequential": 8.0, "concurrent": 8.0}
+
+
 def flops(config: Experiment) -> float:
-    """FLOPs of the model, forward and backward, for each image."""
-    return 3.0 * forward_flops(config.model, config.data.image_size)
+    """FLOPs of the model, forward and backward, for each image, adversarial ones included."""
+    return _PASSES[config.train.adversarial] * forward_flops(config.model, config.data.image_size)
 
 
 def activations(config: Experiment, degrees: Mapping[str, int], dtype: Any) -> int:
@@ -94,4 +104,5 @@ def activations(config: Experiment, degrees: Mapping[str, int], dtype: Any) -> i
     train = config.train
     rows = train.batch_size // (train.microbatches * degrees["data"] * degrees["fsdp"] * degrees["expert"])
     held = activation_memory(config.model, rows=rows, image_size=config.data.image_size, remat=train.remat, dtype=dtype)
-    return held.saved + held.block
+    halves = 1 if train.adversarial == "none" else 2  # clean and attacked images are both kept for the backward pass
+    return halves * held.saved + held.block

@@ -31,6 +31,7 @@ class Kind:
       check_mesh: refuses a mesh that cannot cut the model or its data.
       check_data: ``(experiment, prepared data)``: refuses data that the model cannot take.
       fields: experiment -> attributes of the module besides ``dtype``, ``remat`` and ``place``.
+      lookahead: experiment -> names of the arrays of which a step wants to see the next batch's too.
       flops: experiment -> FLOPs of the model, forward and backward, for each of its units.
       activations: ``(experiment, degrees of the mesh, dtype) -> bytes`` on a device, by formula.
     """
@@ -42,6 +43,7 @@ class Kind:
     check_mesh: Callable[[Experiment, Rules], None]
     check_data: Callable[[Experiment, Any], None]
     fields: Callable[[Experiment], dict[str, Any]]
+    lookahead: Callable[[Experiment], tuple[str, ...]]
     flops: Callable[[Experiment], float]
     activations: Callable[[Experiment, Mapping[str, int], Any], int]
 
@@ -55,6 +57,7 @@ KINDS: Mapping[type, Kind] = {
         check_mesh=transformer_kind.check_mesh,
         check_data=transformer_kind.check_data,
         fields=transformer_kind.fields,
+        lookahead=lambda config: (),
         flops=transformer_kind.flops,
         activations=transformer_kind.activations,
     ),
@@ -66,6 +69,7 @@ KINDS: Mapping[type, Kind] = {
         check_mesh=image_kind.check_mesh,
         check_data=image_kind.check_data,
         fields=image_kind.fields,
+        lookahead=image_kind.lookahead,
         flops=image_kind.flops,
         activations=image_kind.activations,
     ),

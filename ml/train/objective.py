@@ -11,9 +11,9 @@ from ml.models import AttentionStrategy, Bert, Model, ResNet, SelfAttention, Tra
 from ml.models.moe import MoEStats, update_router_bias
 from ml.parallel import Rules
 from ml.parallel.context import RingAttention, UlyssesAttention
+from ml.train.conadv import image_objective
 from ml.train.config import TrainConfig
 from ml.train.encoder_loss import make_classification_loss, make_pretraining_loss
-from ml.train.image_loss import image_classes
 from ml.train.loss import chunked_loss
 from ml.train.objective_class import Batch, Metrics, Objective
 
@@ -122,5 +122,5 @@ def self_attention(
 OBJECTIVES: Mapping[type, Callable[[Any, TrainConfig, Rules | None], Objective]] = {
     Transformer: next_tokens,
     Bert: masked_tokens_or_classes,
-    ResNet: image_classes,
+    ResNet: image_objective,
 }

@@ -18,6 +18,11 @@ def _unmoved(params: PyTree, model_state: Any, extras: Any, count: jax.Array) ->
     return params, model_state
 
 
+def _nothing(*arguments: Any) -> dict[str, jax.Array]:
+    del arguments
+    return {}
+
+
 def _without_state(loss: Callable[..., Any]) -> Callable[..., Any]:
     return lambda params, model_state, batch: loss(params, batch)
 
@@ -38,6 +43,9 @@ class Objective:
         by other means than the gradient.
       model_state: what a step carries on besides parameters, as a run begins with it: running statistics, by
         collection.
+      carried: ``batch as shapes -> dict``: what a step leaves to be read together with the next batch, as a run begins.
+      carry: ``(params before the step, batch) -> dict``: that, for the next step. It is taken over from a skipped step
+        too, since the next batch comes all the same.
       heldout: ``(params, model_state, batch) -> (objective, metrics)`` for evaluation; ``None``: that is ``loss``.
     """
 
@@ -48,6 +56,8 @@ class Objective:
     extras: Callable[[], dict[str, PyTree]] = dict
     settle: Callable[..., tuple[PyTree, Any]] = _unmoved
     model_state: Callable[[], dict[str, PyTree]] = dict
+    carried: Callable[[Batch], dict[str, jax.Array]] = _nothing
+    carry: Callable[[PyTree, Batch], dict[str, jax.Array]] = _nothing
     heldout: Callable[..., tuple[jax.Array, Metrics]] | None = None
 
     @property

@@ -11,11 +11,12 @@ import optax
 from ml.checkpoint import Checkpointer
 from ml.checkpoint.pretrained import leaf_path, load_model, load_model_config
 from ml.config import to_dict
-from ml.data import HeldoutBatches, Loader, Prepared, heldout_batches, make_loader, prepare
+from ml.data import HeldoutBatches, Loader, Lookahead, Prepared, heldout_batches, make_loader, prepare
 from ml.errors import UserError
 from ml.models import Model, MoEConfig, TransformerConfig, init_params, logical_axes, module_of
 from ml.optim import eval_params, make_optimizer
 from ml.parallel import Rules, loader_share
+from ml.train.batch_shapes import abstract_batch
 from ml.train.config import ExperimentConfig
 from ml.train.evaluation import HeldoutLoss, make_evaluate
 from ml.train.kinds import kind_of
@@ -35,7 +36,7 @@ class Parts:
     tx: optax.GradientTransformation
     schedule: optax.Schedule
     prepared: Prepared
-    loader: Loader
+    loader: Loader | Lookahead
     heldout: HeldoutBatches
     evaluate: Callable[..., Any]
 
@@ -66,6 +67,15 @@ def make_parts(config: ExperimentConfig, workdir: Workdir) -> Parts:
     model = make_model(config, rules)
     tx, schedule = optimizer_of(config)
     parts, count = loader_share(rules)
+    loader = make_loader(
+        prepared,
+        global_batch_size=train.batch_size,
+        seed=config.seed,
+        shard_index=parts,
+        shard_count=count,
+        microbatches=train.microbatches,
+    )
+    ahead = kind_of(config.model).lookahead(config)
     rows = config.eval.batch_size or train.batch_size // train.microbatches
     if rows % rules.batch_shards:
         raise UserError(f"config.eval.batch_size={rows} is not a multiple of {rules.batch_shards} batch shards")
@@ -76,14 +86,7 @@ def make_parts(config: ExperimentConfig, workdir: Workdir) -> Parts:
         tx=tx,
         schedule=schedule,
         prepared=prepared,
-        loader=make_loader(
-            prepared,
-            global_batch_size=train.batch_size,
-            seed=config.seed,
-            shard_index=parts,
-            shard_count=count,
-            microbatches=train.microbatches,
-        ),
+        loader=Lookahead(loader, ahead) if ahead else loader,
         heldout=heldout_batches(prepared, global_batch_size=rows, shard_index=parts, shard_count=count),
         evaluate=make_evaluate(model, train, rules),
     )
@@ -135,6 +138,7 @@ def make_state(parts: Parts, checkpointer: Checkpointer) -> tuple[TrainState, di
       The state, and what the recorder had put beside it (`ml.train.recorder.Recorder.state`).
     """
     train = parts.config.train
+    objective = make_objective(parts.model, train, parts.rules)
     state = init_state(
         parts.model,
         parts.tx,
@@ -143,7 +147,8 @@ def make_state(parts: Parts, checkpointer: Checkpointer) -> tuple[TrainState, di
         ema=train.ema > 0,
         offload=train.offload_optimizer,
         params=_pretrained(parts) if train.init_from and checkpointer.latest_step() is None else None,
-        model_state=make_objective(parts.model, train, parts.rules).model_state,
+        model_state=objective.model_state,
+        carried=lambda: objective.carried(abstract_batch(parts.config, parts.rules)),
     )
     if checkpointer.latest_step() is None:
         return state, {}

@@ -27,6 +27,7 @@ class TrainState:
       skipped: steps dropped for a NaN or infinity.
       model_state: what a model carries besides parameters (running statistics of batch norm), by collection; empty for
         most (`ml.train.objective_class.Objective.model_state`).
+      carried: arrays that belong to the next batch (`ml.train.objective_class.Objective.carried`); empty for most.
     """
 
     step: Int[Array, ""]
@@ -35,6 +36,7 @@ class TrainState:
     ema: PyTree | None
     skipped: Int[Array, ""]
     model_state: dict[str, PyTree] = flax.struct.field(default_factory=dict)
+    carried: dict[str, jax.Array] = flax.struct.field(default_factory=dict)
 
 
 def init_state(
@@ -47,6 +49,7 @@ def init_state(
     offload: bool = False,
     params: Any = None,
     model_state: Callable[[], dict[str, PyTree]] = dict,
+    carried: Callable[[], dict[str, jax.Array]] = dict,
 ) -> TrainState:
     """Creates the state on the mesh, each device only its shards.
 
@@ -58,12 +61,14 @@ def init_state(
       ema: whether to keep a moving average.
       offload: whether the optimizer state lives in the hosts' memory.
       params: parameters to start from instead of random ones, already placed.
-      model_state: of the objective.
+      model_state, carried: of the objective.
     """
     if params is None:
         create = jax.jit(lambda key: init_params(model, key), out_shardings=_shardings(model, rules))
         params = create(jax.random.key(seed))
-    return jax.jit(lambda params: _around(params, tx, ema, offload, model_state))(params).replace(params=params)
+    return jax.jit(lambda params: _around(params, tx, ema, offload, model_state, carried))(params).replace(
+        params=params
+    )
 
 
 def abstract_state(
@@ -74,6 +79,7 @@ def abstract_state(
     ema: bool,
     offload: bool = False,
     model_state: Callable[[], dict[str, PyTree]] = dict,
+    carried: Callable[[], dict[str, jax.Array]] = dict,
 ) -> TrainState:
     """The state as shapes and placements: what `init_state` would make, on devices that need not exist."""
     shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
@@ -81,7 +87,7 @@ def abstract_state(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, _shardings(model, rules)
     )
     with jax.sharding.use_abstract_mesh(rules.mesh.abstract_mesh):
-        rest = jax.eval_shape(lambda params: _around(params, tx, ema, False, model_state), params)
+        rest = jax.eval_shape(lambda params: _around(params, tx, ema, False, model_state, carried), params)
 
     def placed(leaf: Any) -> jax.ShapeDtypeStruct:
         spec = leaf.sharding.spec if leaf.sharding else PartitionSpec()  # counters made from no array have none
@@ -107,6 +113,7 @@ def _around(
     ema: bool,
     offload: bool,
     model_state: Callable[[], dict[str, PyTree]],
+    carried: Callable[[], dict[str, jax.Array]],
 ) -> TrainState:
     """All of a state but the parameters themselves, which are not copied."""
     opt_state, zeros = tx.init(params), jnp.zeros((2,), jnp.int32)
@@ -118,4 +125,5 @@ def _around(
         ema=jax.tree.map(jnp.copy, params) if ema else None,
         skipped=zeros[1],
         model_state=model_state(),
+        carried=carried(),
     )

@@ -39,7 +39,7 @@ def make_train_step(
     objective, update = make_objective(model, config, rules), optax.with_extra_args_support(tx).update
 
     def train_step(state, batch):
-        weighed, count = objective.weighed(batch, state.step)
+        weighed, count = objective.weighed({**batch, **state.carried}, state.step)
         *sums, extras, more = gradients(state.params, weighed)
         grads, metrics = jax.tree.map(lambda x: x / jnp.maximum(count, 1), sums)
         old_opt_state = moved_to_device(state.opt_state) if config.offload_optimizer else state.opt_state
@@ -62,6 +62,7 @@ def make_train_step(
             "skipped": state.skipped + ~finite,
         }
         opt_state = moved_to_host(opt_state) if config.offload_optimizer else opt_state
-        return TrainState(state.step + 1, params, opt_state, ema, metrics["skipped"], model_state), metrics
+        carried = objective.carry(state.params, batch)
+        return TrainState(state.step + 1, params, opt_state, ema, metrics["skipped"], model_state, carried), metrics
 
     return train_step

@@ -30,6 +30,11 @@ def check(config: Experiment) -> None:
         raise UserError(f"config.model is {mend} config.data.masked (pairs of sentences) and config.data.labelled")
     if encoder is None and config.train.dropout:
         raise UserError(f"config.train.dropout={config.train.dropout} is for encoders only; set it to 0")
+    for name, none in (("label_smoothing", 0.0), ("adversarial", "none")):
+        if getattr(config.train, name) != none:
+            raise UserError(
+                f"config.train.{name}={getattr(config.train, name)} is for image models; set it to {none!r}"
+            )
     labels = len(data.labelled.labels) if data.labelled else 0
     if encoder is not None and encoder.num_classes != labels:
         raise UserError(

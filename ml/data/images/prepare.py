@@ -74,6 +74,7 @@ class PreparedImages(Prepared):
 
     def save(self, folder: Path) -> None:
         """Keeps the names of the classes, as ``classes.json``."""
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / "classes.json").write_text(json.dumps(self.classes, indent=2) + "\n")
 
 
