@@ -129,6 +129,7 @@ def test_a_block_starts_as_the_identity():
     assert np.all(plain["stage1_block1"]["norm2"]["scale"])
 
 
+@pytest.mark.slow
 def test_computing_blocks_again_changes_no_gradient():
     params, pixels = random_params(SMALL), random_images("small")
 

@@ -168,10 +168,8 @@ def test_the_control_moves_pixels_at_random_anew_in_each_step():
     assert len({*losses[0].values(), *losses[1].values()}) == 3
 
 
-@pytest.mark.parametrize(
-    "adversarial",
-    ["concurrent", *(pytest.param(name, marks=pytest.mark.slow) for name in ("noise", "sequential"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("adversarial", ["noise", "sequential", "concurrent"])
 def test_eight_devices_do_what_one_does(adversarial):
     outcomes = []
     for shape, devices in ((MeshConfig(1), 1), (MeshConfig(4, 2), 8)):

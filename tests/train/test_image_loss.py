@@ -93,9 +93,10 @@ def test_a_step_that_is_not_finite_leaves_statistics_as_they_were():
 MESHES = {"data": MeshConfig(8), "fsdp": MeshConfig(2, 4), "zero1": MeshConfig(4, 2, layout="zero1")}
 
 
-@pytest.mark.parametrize(
-    ("mesh", "group"), [("data", 2), ("zero1", 0), pytest.param("fsdp", 0, marks=pytest.mark.slow)]
-)
+_SLOW = [pytest.param(mesh, group, marks=pytest.mark.slow) for mesh, group in (("data", 2), ("fsdp", 0))]
+
+
+@pytest.mark.parametrize(("mesh", "group"), [("zero1", 0), *_SLOW])
 def test_eight_devices_do_what_one_does(mesh, group):
     """Statistics of all rows, whichever devices hold them; or of groups of them."""
     config = dataclasses.replace(MODEL, batch_norm_group=group)

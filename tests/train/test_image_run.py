@@ -13,6 +13,7 @@ from ml.config import build
 from ml.errors import UserError
 from ml.parallel import MeshConfig, Rules
 from ml.train.config import ExperimentConfig
+from ml.train.heldout import heldout_of_run
 from ml.train.loop import train
 from ml.train.setup import check_fit
 from scripts import config_flag
@@ -35,23 +36,31 @@ def digits(**changes):
 
 
 def outcome(workdir, step):
-    parts = ("params", "ema", "opt_state", "model_state")
+    parts = ["params", "ema", "opt_state", "model_state"]
+    if "adversarial" in (workdir / "metrics.jsonl").read_text():
+        parts.append("carried")
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [restore_params(workdir, step, subtree=part) for part in parts], [
         {k: v for k, v in row.items() if k != "images_per_second"} for row in rows
     ]
 
 
-def test_a_run_that_is_cut_ends_where_a_whole_one_does(tmp_path):
-    whole = train(digits(schedule__kind="constant"), tmp_path / "whole")
-    train(digits(schedule__kind="constant", train__steps=3), tmp_path / "cut")
-    resumed = train(digits(schedule__kind="constant"), tmp_path / "cut")
+@pytest.mark.parametrize("adversarial", ["concurrent", pytest.param("none", marks=pytest.mark.slow)])
+def test_a_run_that_is_cut_ends_where_a_whole_one_does(tmp_path, adversarial):
+    # The rate does not depend on how many steps are still to come.
+    same = {"schedule__kind": "constant", "schedule__warmup_fraction": 0.0, "train__adversarial": adversarial}
+    whole = train(digits(**same), tmp_path / "whole")
+    train(digits(**same, train__steps=3), tmp_path / "cut")
+    resumed = train(digits(**same), tmp_path / "cut")
     left, right = outcome(tmp_path / "whole", 6), outcome(tmp_path / "cut", 6)
     jax.tree.map(np.testing.assert_array_equal, left[0], right[0])
     assert left[1] == right[1]
     assert {"images", "images_seen", "accuracy", "broken_seen", "eval_accuracy"} <= right[1][-1].keys()
     assert (whole.tokens, resumed.unit, resumed.broken) == (6 * 64, "images", 0)
     assert whole.heldout.scalars == resumed.heldout.scalars and whole.heldout.tokens > 300
+    again = heldout_of_run(tmp_path / "cut", batch_size=128)
+    np.testing.assert_allclose(again.per_token, whole.heldout.per_token, rtol=1e-5)
+    assert (again.more, again.tokens) == (whole.heldout.more, whole.heldout.tokens)
     assert json.loads((tmp_path / "whole" / "classes.json").read_text()) == list("0123456789")
 
 
