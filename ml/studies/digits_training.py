@@ -101,7 +101,7 @@ def make_digits_training(
     objective = make_objective(model, trained)
 
     @jax.jit
-    def train_and_test(params: PyTree, batches: Batch, heldout: Batch, rate: jax.Array) -> dict[str, jax.Array]:
+    def train_and_test(params: PyTree, batches: Any, heldout: Any, rate: jax.Array) -> dict[str, jax.Array]:
         scaled = optax.chain(tx, optax.scale(rate))
         step, zero = make_train_step(model, scaled, rate_at, trained), jnp.zeros((), jnp.int32)
         carried = objective.carried(jax.tree.map(lambda x: x[0], batches))

@@ -101,7 +101,8 @@ def _attack_on_next(model: ResNet, step: float) -> Callable[[PyTree, Batch], dic
 
     def carry(params: PyTree, batch: Batch) -> dict[str, jax.Array]:
         def of_microbatch(_, part):
-            return None, attack(model, params, *part, step)
+            images, targets = part
+            return None, attack(model, params, images, targets, step)
 
         _, found = jax.lax.scan(of_microbatch, None, (batch["next_images"], batch["next_targets"]))
         return {PERTURBATION: found}
