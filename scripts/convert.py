@@ -3,6 +3,7 @@
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 # Weights pass through the host only; a training job may own the accelerator.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -10,7 +11,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import app
 from absl import flags
 
-from ml.checkpoint.pretrained import load_model, save_workdir
+from ml.checkpoint.pretrained import is_two_tower, load_model, load_two_tower, save_workdir
 from ml.errors import UserError
 from ml.models.huggingface import save_pretrained
 from ml.models.huggingface.output_folder import check_vacant
@@ -38,7 +39,8 @@ def main() -> None:
     check_vacant(Path(target))  # before hours of reading
     from_workdir = _FROM.value == "megabatch"
     _check_kind(source, from_workdir)
-    config, params, tokenizer = load_model(source, step=_STEP.value, dtype=_DTYPE.value)
+    load: Any = load_two_tower if is_two_tower(source) else load_model
+    config, params, tokenizer = load(source, step=_STEP.value, dtype=_DTYPE.value)
     if tokenizer is None:
         print(f"note: {source} has no tokenizer.json, so neither will the output", file=sys.stderr)
     if from_workdir:

@@ -18,6 +18,7 @@ from ml.models.huggingface import load_config, load_params
 from ml.models.huggingface.output_folder import appearing
 from ml.models.huggingface.tokenizers import write_tokenizer
 from ml.models.quantization import leaf_quantizer, quantize_params
+from ml.models.two_tower_config import TwoTowerConfig
 
 _EXPERIMENT = "experiment.json"
 
@@ -68,14 +69,60 @@ def load_model_config(path: str | os.PathLike[str]) -> TransformerConfig:
     if (folder / _EXPERIMENT).is_file():
         return _read_experiment(folder / _EXPERIMENT)
     if (folder / "config.json").is_file():
-        return load_config(folder)
+        config = load_config(folder)
+        if isinstance(config, TransformerConfig):
+            return config
+        raise UserError(f"{folder}: holds a CLIP, but here a transformer is needed; name another folder")
     found = "no such folder" if not folder.is_dir() else f"neither {_EXPERIMENT} nor config.json is there"
     raise UserError(f"{folder}: {found}; give a work directory of scripts/train.py or a Hugging Face model folder")
 
 
+def load_two_tower(
+    path: str | os.PathLike[str], *, step: int | None = None, dtype: Any = None
+) -> tuple[TwoTowerConfig, dict[str, Any], Path | None]:
+    """`load_model` for models of images and texts.
+
+    Args:
+      path: the work directory of a training run, or the Hugging Face folder of a CLIP.
+      step: which checkpoint of a work directory; ``None``: the newest whole one.
+      dtype: of the parameters; ``None``: as saved.
+
+    Raises:
+      UserError: neither kind of folder, another kind of model, or something is missing or damaged.
+    """
+    folder = Path(path).expanduser()
+    experiment = folder / _EXPERIMENT
+    if experiment.is_file():
+        model = _read_group(experiment)
+        config: Any = build(TwoTowerConfig, model, f"{experiment}: model") if model.get("kind") == "two_tower" else None
+        params = params_to_evaluate(folder, step, dtype) if config else {}
+    elif step is not None:
+        raise UserError(f"{folder}: a Hugging Face folder has no checkpoint steps; leave the step out")
+    else:
+        config = load_config(folder)
+        params = load_params(folder, config, dtype=dtype) if isinstance(config, TwoTowerConfig) else {}
+    if not isinstance(config, TwoTowerConfig):
+        raise UserError(f"{folder}: holds no model of images and texts; train one with configs/basic, or give a CLIP")
+    tokenizer = folder / "tokenizer.json"
+    return config, params, tokenizer if tokenizer.is_file() else None
+
+
+def is_two_tower(path: str | os.PathLike[str]) -> bool:
+    """Whether a folder of either kind holds a model of images and texts; False where there is no telling."""
+    for name, keys, wanted in ((_EXPERIMENT, ("model", "kind"), "two_tower"), ("config.json", ("model_type",), "clip")):
+        try:
+            value = json.loads((Path(path).expanduser() / name).read_text(encoding="utf-8"))
+            for key in keys:
+                value = value[key]
+            return value == wanted
+        except (OSError, ValueError, LookupError, TypeError):
+            continue
+    return False
+
+
 def save_workdir(
     folder: str | os.PathLike[str],
-    config: TransformerConfig,
+    config: TransformerConfig | TwoTowerConfig,
     params: dict[str, Any],
     tokenizer_path: str | os.PathLike[str] | None = None,
 ) -> None:
@@ -94,12 +141,23 @@ def save_workdir(
         experiment = {"model": to_dict(config)}
         (partial / _EXPERIMENT).write_text(json.dumps(experiment, indent=2) + "\n", encoding="utf-8")
         if tokenizer_path is not None:
-            write_tokenizer(partial, Path(tokenizer_path), config.max_length)
+            text = config.text if isinstance(config, TwoTowerConfig) else config
+            write_tokenizer(partial, Path(tokenizer_path), text.max_length)
         with Checkpointer(partial) as checkpointer:
             checkpointer.save(0, {"params": params}, None, force=True)
 
 
 def _read_experiment(path: Path) -> TransformerConfig:
+    model = _read_group(path)
+    if kind := model.get("kind"):
+        raise UserError(
+            f"{path}: holds a model of kind {kind!r}, but here a transformer is needed; name another folder"
+        )
+    return build(TransformerConfig, model, f"{path}: model")
+
+
+def _read_group(path: Path) -> dict[str, Any]:
+    """The group ``model`` of an ``experiment.json``."""
     try:
         experiment = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -108,11 +166,7 @@ def _read_experiment(path: Path) -> TransformerConfig:
         raise UserError(f"{path}: cannot be read: {error}") from None
     if not isinstance(experiment, dict) or not isinstance(experiment.get("model"), dict):
         raise UserError(f"{path}: has no group 'model'; is it the experiment.json of a training run?")
-    if kind := experiment["model"].get("kind"):
-        raise UserError(
-            f"{path}: holds a model of kind {kind!r}, but here a transformer is needed; name another folder"
-        )
-    return build(TransformerConfig, experiment["model"], f"{path}: model")
+    return experiment["model"]
 
 
 def params_to_evaluate(folder: Path, step: int | None, dtype: Any) -> dict[str, Any]:

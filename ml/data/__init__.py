@@ -1,6 +1,7 @@
 """From files to global batches: sources, tokenizer, packing, images, mixtures, resumable loaders."""
 
 from ml.data.config import DataConfig, LabelledConfig, MaskedConfig, SourceConfig, TokenizerConfig
+from ml.data.image_text import ImageTextDataConfig
 from ml.data.images import CropConfig, ImageDataConfig
 from ml.data.kinds import padding, prepare
 from ml.data.lookahead import Lookahead, next_name
@@ -13,6 +14,7 @@ __all__ = [
     "DataConfig",
     "HeldoutBatches",
     "ImageDataConfig",
+    "ImageTextDataConfig",
     "LabelledConfig",
     "Loader",
     "Lookahead",

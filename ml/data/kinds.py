@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ml.data import images
+from ml.data import image_text, images
 from ml.data.config import DataConfig
 from ml.data.prepare import padding as text_padding
 from ml.data.prepare import prepare as prepare_text
@@ -21,6 +21,7 @@ class _Kind:
 _KINDS: Mapping[type, _Kind] = {
     DataConfig: _Kind(prepare_text, text_padding),
     images.ImageDataConfig: _Kind(images.prepare, images.padding),
+    image_text.ImageTextDataConfig: _Kind(image_text.prepare, image_text.padding),
 }
 
 

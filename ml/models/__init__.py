@@ -16,6 +16,8 @@ from ml.models.config import EncoderConfig, MoEConfig, RopeConfig, TransformerCo
 from ml.models.resnet import ResNet
 from ml.models.resnet_config import ResNetConfig, resnet_config
 from ml.models.transformer import REMAT_POLICIES, Transformer
+from ml.models.two_tower import TwoTower
+from ml.models.two_tower_config import TwoTowerConfig, ViTConfig, text_tower
 
 __all__ = [
     "REMAT_POLICIES",
@@ -32,6 +34,9 @@ __all__ = [
     "SelfAttention",
     "Transformer",
     "TransformerConfig",
+    "TwoTower",
+    "TwoTowerConfig",
+    "ViTConfig",
     "bert_config",
     "head_params",
     "init_model_state",
@@ -40,4 +45,5 @@ __all__ = [
     "module_of",
     "num_parameters",
     "resnet_config",
+    "text_tower",
 ]

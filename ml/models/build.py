@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from ml.models import cost, resnet_cost
+from ml.models import cost, resnet_cost, two_tower_cost
 from ml.models.attention import SelfAttention
 from ml.models.bert import Bert
 from ml.models.config import TransformerConfig
@@ -17,9 +17,11 @@ from ml.models.parameters import LogicalAxes, unplaced
 from ml.models.resnet import ResNet
 from ml.models.resnet_config import ResNetConfig
 from ml.models.transformer import Transformer
+from ml.models.two_tower import TwoTower
+from ml.models.two_tower_config import TwoTowerConfig
 
-ModelConfig = TransformerConfig | ResNetConfig
-Model = Transformer | Bert | ResNet
+ModelConfig = TransformerConfig | ResNetConfig | TwoTowerConfig
+Model = Transformer | Bert | ResNet | TwoTower
 
 
 def _transformer_variables(model: Transformer | Bert, key: jax.Array) -> PyTree:
@@ -31,6 +33,12 @@ def _transformer_variables(model: Transformer | Bert, key: jax.Array) -> PyTree:
 
 def _resnet_variables(model: ResNet, key: jax.Array) -> PyTree:
     return model.init(key, jnp.zeros((1, 32, 32, model.config.channels)))
+
+
+def _two_tower_variables(model: TwoTower, key: jax.Array) -> PyTree:
+    image = model.config.image
+    pixels = jnp.zeros((1, image.image_size, image.image_size, image.channels))
+    return model.clone(attention="xla").init(key, pixels, jnp.zeros((1, 1), jnp.int32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +61,12 @@ _ARCHITECTURES: Mapping[type, _Architecture] = {
         lambda c: Transformer if c.encoder is None else Bert, _transformer_variables, cost.parameter_count
     ),
     ResNetConfig: _Architecture(lambda c: ResNet, _resnet_variables, resnet_cost.parameter_count),
+    TwoTowerConfig: _Architecture(lambda c: TwoTower, _two_tower_variables, two_tower_cost.parameter_count),
 }
 
 
 def module_of(config: ModelConfig, **fields: Any) -> Any:
-    """The module of this architecture: `Transformer`, `Bert`, `ResNet`.
+    """The module of this architecture: `Transformer`, `Bert`, `ResNet`, `TwoTower`.
 
     Args:
       config: the architecture.

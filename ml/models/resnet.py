@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Num
 
 from ml.models.parameters import Placement, unplaced, weight
 from ml.models.resnet_config import ResNetConfig
+from ml.models.two_tower_config import ViTConfig
 from ml.weights import dot, materialize
 
 # Standard deviation of the classifier's initial weights (Goyal et al. 2017, section 5.1).
@@ -161,7 +162,7 @@ class ResNet(nn.Module):
 
 
 def normalized(
-    pixels: Num[Array, "batch height width channels"], config: ResNetConfig
+    pixels: Num[Array, "batch height width channels"], config: ResNetConfig | ViTConfig
 ) -> Float[Array, "batch height width channels"]:
     """Pixels as the network wants them: bytes scaled to [0, 1], then each channel shifted and scaled."""
     x = pixels.astype(jnp.float32) / 255 if pixels.dtype == jnp.uint8 else pixels

@@ -3,12 +3,15 @@
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Num
 
 from ml.models.attention import SelfAttention
 from ml.models.layers import Projection, block_norm
 from ml.models.parameters import Placement, placed, unplaced
+from ml.models.resnet import normalized
 from ml.models.transformer import Table, Transformer
 from ml.models.two_tower_config import ViTConfig
 from ml.weights import take
@@ -69,13 +72,12 @@ def patched(images: Float[Array, "batch height width channels"], size: int) -> F
     """Cuts images into squares of ``size`` pixels, row by row; each as its channels, one whole after another."""
     batch, height, width, channels = images.shape
     rows, columns = height // size, width // size
-    cut = images.reshape(batch, rows, size, columns, size, channels)
-    return cut.transpose(0, 1, 3, 5, 2, 4).reshape(batch, rows * columns, channels * size**2)
+    cut = _reshaped(images, (batch, rows, size, columns, size, channels))
+    return _reshaped(cut.transpose(0, 1, 3, 5, 2, 4), (batch, rows * columns, channels * size**2))
 
 
-def normalized(
-    pixels: Num[Array, "batch height width channels"], config: ViTConfig
-) -> Float[Array, "batch height width channels"]:
-    """Pixels as the network wants them: bytes scaled to [0, 1], then each channel shifted and scaled."""
-    x = pixels.astype(jnp.float32) / 255 if pixels.dtype == jnp.uint8 else pixels
-    return (x - jnp.asarray(config.pixel_mean)) / jnp.asarray(config.pixel_std)
+def _reshaped(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """``x`` in another shape with the same rows, which stay where they are."""
+    sharding = jax.typeof(x).sharding
+    rows = None if sharding.mesh.empty else PartitionSpec(sharding.spec[0], *[None] * (len(shape) - 1))
+    return jax.lax.reshape(x, shape, out_sharding=rows)

@@ -64,6 +64,7 @@ _TABLE: Mapping[str, tuple[str, ...]] = {
     "expert_logits": (),
     "window": (),  # of a convolution
     "channels": (),
+    "patch": (),  # of pixels
 }
 
 

@@ -124,9 +124,9 @@ class MemoryModel:
         layer = head = 0
         for keys, leaf in self.params.items():
             size = leaf.bytes(whole, "compute", itemsize)
-            if leaf.axes[0] == "layers":
-                layer += size * rules.mesh.shape["stage"] // self._model.num_layers
-            elif "vocab" in leaf.axes and (keys[0] == "unembed" or self._model.tie_embeddings):
+            if leaf.axes[:1] == ("layers",):
+                layer += size * rules.mesh.shape["stage"] // leaf.shape[0]
+            elif "vocab" in leaf.axes and (keys[0] == "unembed" or getattr(self._model, "tie_embeddings", False)):
                 head = size
         return max(3 * layer, 2 * head)
 

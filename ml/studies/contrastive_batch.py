@@ -59,7 +59,7 @@ class Setting:
 
 _RATES = (0.001, 0.002, 0.004)
 SETTINGS: Mapping[Budget, Setting] = {
-    "cpu": Setting((16, 64, 256, 1024), part=256, steps=400, hidden=128, features=32, noise=0.3, rates=_RATES),
+    "cpu": Setting((16, 64, 256, 1024), part=256, steps=250, hidden=128, features=32, noise=0.3, rates=_RATES),
     "gpu": Setting(
         (16, 64, 256, 1024, 4096, 16_384), part=1024, steps=4000, hidden=1024, features=128, noise=0.3, rates=_RATES
     ),

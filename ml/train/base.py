@@ -3,13 +3,13 @@
 from ml_collections import ConfigDict
 
 from ml.config import to_dict
-from ml.data import DataConfig, ImageDataConfig
+from ml.data import DataConfig, ImageDataConfig, ImageTextDataConfig
 from ml.models import ModelConfig
 from ml.optim import OptimizerConfig
 from ml.train.config import ExperimentConfig
 
 
-def base(model: ModelConfig, data: DataConfig | ImageDataConfig | None = None) -> ConfigDict:
+def base(model: ModelConfig, data: DataConfig | ImageDataConfig | ImageTextDataConfig | None = None) -> ConfigDict:
     """A complete experiment for ``model``: LAMB, linear warm-up and decay, the standard library's source as text.
 
     Args:

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Annotated, Any, Literal
 
 from ml.checkpoint import CheckpointConfig
-from ml.data import DataConfig, ImageDataConfig
+from ml.data import DataConfig, ImageDataConfig, ImageTextDataConfig
 from ml.models import ModelConfig
 from ml.optim import OptimizerConfig, ScheduleConfig
 from ml.parallel import HealthConfig, MeshConfig
@@ -18,7 +18,7 @@ class TrainConfig:
 
     Attributes:
       steps: optimizer steps in the whole run.
-      batch_size: global batch, in sequences or images.
+      batch_size: global batch, in sequences, images or pairs.
       microbatches: parts of the batch that are computed one after another and summed; divides ``batch_size``.
       dtype: of activations; ``auto``: bfloat16 on accelerators, float32 on CPU. Parameters are always float32.
       remat: what the backward pass keeps of a layer (`ml.models.REMAT_POLICIES`): ``none`` keeps everything,
@@ -28,7 +28,8 @@ class TrainConfig:
       attention: implementation of training attention (`pallas_kernels.flash_attention`).
       context: how tokens attend over a sequence that ``config.mesh.sequence`` cuts: keys and values go round
         (``ring``), or heads are exchanged for tokens (``ulysses``).
-      loss_chunk: tokens of a row whose logits exist at one time; 0: all.
+      loss_chunk: tokens of a row whose logits exist at one time (of a contrastive loss: rows of similarities, on each
+        device); 0: all.
       dropout: of an encoder's hidden states (0.1 in BERT's recipe).
       adversarial: whether images are attacked in training (`ml.train.conadv`): ``sequential``, by the weights that then
         train on them (DisAdv); ``concurrent``, by those of the step before (ConAdv); ``noise``: moved at random, the
@@ -113,7 +114,7 @@ class ExperimentConfig:
     """
 
     model: Annotated[Any, ModelConfig]
-    data: Annotated[Any, DataConfig | ImageDataConfig]
+    data: Annotated[Any, DataConfig | ImageDataConfig | ImageTextDataConfig]
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig = TrainConfig()

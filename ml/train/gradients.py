@@ -12,6 +12,7 @@ from ml.models import Model, Transformer, logical_axes
 from ml.parallel import LAYOUTS, Rules
 from ml.train import noise_scale
 from ml.train.config import TrainConfig
+from ml.train.contrastive import Embedded, two_pass_value_and_grad
 from ml.train.objective import make_objective
 from ml.train.objective_class import Batch, Metrics
 from ml.train.pipeline import pipelined_value_and_grad
@@ -42,6 +43,8 @@ def make_gradients(
         assert isinstance(model, Transformer)  # `check_fit` refuses encoders
         return _through_stages(model, config, rules)
     objective_of = make_objective(model, config, rules)
+    if objective_of.embedded is not None:
+        return _in_two_passes(objective_of.embedded, model, rules)
 
     def gradients(params, batch):
         variables, constants = _differentiated(params, model, rules)
@@ -83,6 +86,29 @@ def _through_stages(model: Transformer, config: TrainConfig, rules: Rules):
         grads, metrics = step(variables, batch, constants)
         extras = {"expert_counts": metrics.pop("expert_counts")}
         return jax.tree.map(_as_kept, grads, params), metrics, extras, {}
+
+    return gradients
+
+
+def _in_two_passes(embedded: Embedded, model: Model, rules: Rules | None):
+    """`make_gradients` of a loss that is no sum over microbatches."""
+
+    def gradients(params, batch):
+        variables, constants = _differentiated(params, model, rules)
+
+        def embed(variables, microbatch):
+            return embedded.embed(_weights(variables, constants), microbatch)
+
+        def loss(head, embeddings, batch):
+            return embedded.loss(
+                _weights(head, constants and {name: constants[name] for name in head}), embeddings, batch
+            )
+
+        step = two_pass_value_and_grad(
+            Embedded(embed, loss, embedded.head), lambda params: jax.tree.map(_zero_gradient, params)
+        )
+        (objective, metrics), grads = step(variables, batch)
+        return jax.tree.map(_as_kept, grads, params), metrics | {"objective": objective}, {}, {}
 
     return gradients
 

@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ml.config import to_dict
-from ml.data import DataConfig, ImageDataConfig
+from ml.data import DataConfig, ImageDataConfig, ImageTextDataConfig
 from ml.errors import UserError
-from ml.models import ResNetConfig, TransformerConfig
+from ml.models import ResNetConfig, TransformerConfig, TwoTowerConfig
 from ml.parallel import Rules
-from ml.train import image_kind, transformer_kind
+from ml.train import image_kind, image_text_kind, transformer_kind
 
 # An `ml.train.config.ExperimentConfig`, which checks itself by what is here.
 Experiment = Any
@@ -25,7 +25,7 @@ class Kind:
 
     Attributes:
       data: class of the data's configuration.
-      unit: what a loss is averaged over and speed is counted in: ``tokens``, ``images``.
+      unit: what a loss is averaged over and speed is counted in: ``tokens``, ``images``, ``pairs``.
       units: experiment -> how many of them a full row has.
       check: refuses an experiment whose parts do not fit one another.
       check_mesh: refuses a mesh that cannot cut the model or its data.
@@ -72,6 +72,18 @@ KINDS: Mapping[type, Kind] = {
         lookahead=image_kind.lookahead,
         flops=image_kind.flops,
         activations=image_kind.activations,
+    ),
+    TwoTowerConfig: Kind(
+        data=ImageTextDataConfig,
+        unit="pairs",
+        units=image_text_kind.units,
+        check=image_text_kind.check,
+        check_mesh=image_text_kind.check_mesh,
+        check_data=image_text_kind.check_data,
+        fields=image_text_kind.fields,
+        lookahead=lambda config: (),
+        flops=image_text_kind.flops,
+        activations=image_text_kind.activations,
     ),
 }
 

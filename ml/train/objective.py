@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ml.models import AttentionStrategy, Bert, Model, ResNet, SelfAttention, Transformer, head_params
+from ml.models import AttentionStrategy, Bert, Model, ResNet, SelfAttention, Transformer, TwoTower, head_params
 from ml.models.moe import MoEStats, update_router_bias
 from ml.parallel import Rules
 from ml.parallel.context import RingAttention, UlyssesAttention
 from ml.train.conadv import image_objective
 from ml.train.config import TrainConfig
 from ml.train.encoder_loss import make_classification_loss, make_pretraining_loss
+from ml.train.image_text_objective import pairs_of_a_batch
 from ml.train.loss import chunked_loss
 from ml.train.objective_class import Batch, Metrics, Objective
 
@@ -123,4 +124,5 @@ OBJECTIVES: Mapping[type, Callable[[Any, TrainConfig, Rules | None], Objective]]
     Transformer: next_tokens,
     Bert: masked_tokens_or_classes,
     ResNet: image_objective,
+    TwoTower: pairs_of_a_batch,
 }

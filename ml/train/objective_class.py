@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree
 
+from ml.train.contrastive import Embedded
+
 Batch = Mapping[str, jax.Array]
 # Scalars, and trees of what `Objective.extras` names.
 Metrics = dict[str, Any]
@@ -47,6 +49,8 @@ class Objective:
       carry: ``(params before the step, batch) -> dict``: that, for the next step. It is taken over from a skipped step
         too, since the next batch comes all the same.
       heldout: ``(params, model_state, batch) -> (objective, metrics)`` for evaluation; ``None``: that is ``loss``.
+      embedded: the loss of a step, where it is one of all rows' embeddings and no sum over microbatches; ``loss`` is
+        then that of a single microbatch.
     """
 
     loss: Callable[..., tuple[jax.Array, Metrics]]
@@ -59,6 +63,7 @@ class Objective:
     carried: Callable[[Batch], dict[str, jax.Array]] = _nothing
     carry: Callable[[PyTree, Batch], dict[str, jax.Array]] = _nothing
     heldout: Callable[..., tuple[jax.Array, Metrics]] | None = None
+    embedded: Embedded | None = None
 
     @property
     def evaluation(self) -> Callable[..., tuple[jax.Array, Metrics]]:

@@ -80,11 +80,12 @@ def test_on_eight_devices_each_pair_has_all_others_as_negatives():
     for found, wanted in zip(gradients_on_mesh, gradients, strict=True):
         np.testing.assert_allclose(found, wanted, rtol=2e-6, atol=2e-6)
     assert gradients_on_mesh[1].sharding.shard_shape((48, FEATURES)) == (6, FEATURES)
-    # Texts are gathered for each of two passes, along one axis after the other; their gradient goes the other way.
+    # Texts are gathered for each of two passes, or for both if the compiler sees that it is the same, along one axis
+    # after the other; their gradient goes the other way.
     sent = {key: size for key, (size, _) in by_axes(collectives(program.as_text(), rules.mesh.shape)).items()}
     whole, numbers = 48 * FEATURES * 4, 48 * 4
-    assert 2 * whole / 2 <= sent["all-gather", ("data",)] <= 2 * whole / 2 + 3 * numbers
-    assert 2 * whole / 2 * 3 / 4 <= sent["all-gather", ("fsdp",)] <= (2 * whole + 3 * numbers) / 2 * 3 / 4
+    assert whole / 2 <= sent["all-gather", ("data",)] <= 2 * whole / 2 + 3 * numbers
+    assert whole / 2 * 3 / 4 <= sent["all-gather", ("fsdp",)] <= (2 * whole + 3 * numbers) / 2 * 3 / 4
     assert sent["reduce-scatter", ("data",)] == whole / 2
     assert sent["reduce-scatter", ("fsdp",)] == whole / 2 * 3 / 4
     assert sum(size for (kind, _), size in sent.items() if kind == "all-reduce") < 6 * numbers
