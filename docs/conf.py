@@ -20,7 +20,6 @@ extensions = [
     "sphinx.ext.apidoc",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
-    "sphinx.ext.viewcode",
     "outside_links",
 ]
 exclude_patterns = ["reference/*/modules.rst", "results", "pictures"]
