@@ -48,3 +48,4 @@ html_theme = "furo"
 html_title = "Megabatch"
 html_static_path: list[str] = []
 html_show_sourcelink = False
+html_copy_source = False

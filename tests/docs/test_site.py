@@ -30,7 +30,7 @@ def test_pages_and_reference_are_there_and_links_lead_somewhere(site):
     pages = {path: path.read_text() for path in site.rglob("*.html") if "repository" not in path.parts}
     for path, text in pages.items():
         for link in re.findall(r'(?:href|src)="([^"#?]+)(?:#[^"]*)?"', text):
-            if "://" not in link and not link.startswith(("mailto:", "data:")):
+            if "://" not in link and not link.startswith(("mailto:", "data:", "file:")):
                 assert (path.parent / link).exists(), f"{path.name}: {link}"
 
 
