@@ -51,6 +51,8 @@ def run(main: Callable[..., None], *, usage: str, takes_words: bool = False) -> 
     """
     _quiet_without_tpu()
     logging.getLogger("jax._src.xla_bridge").addFilter(_without_noise)
+    for name in ("httpx", "httpx2"):  # each request would be a line among answers
+        logging.getLogger(name).setLevel(logging.WARNING)
     absl.logging.get_absl_handler().setFormatter(logging.Formatter("%(message)s"))
     app.run(
         lambda argv: _guard((lambda: main(argv[1:])) if takes_words else main),

@@ -24,7 +24,7 @@ job, put a paper's claim to the test. Serves the quickstart's model where there 
 """
 _ROOT = Path(__file__).resolve().parents[1]
 # Enough of them that a signal after the first one comes before the last.
-_STEPS = 300
+_STEPS = 100
 # A model that trains in seconds: what is shown is the way, not the text that it writes.
 _SMALL = (
     "--config=configs/lm/quickstart.py",

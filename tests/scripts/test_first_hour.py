@@ -30,6 +30,6 @@ def test_a_command_that_fails_ends_the_hour_with_its_output(script, tmp_path, ca
 
 def test_a_run_that_does_not_resume_is_a_failure(script, tmp_path, monkeypatch):
     hour = script.Hour(tmp_path)
-    monkeypatch.setattr(hour, "run", lambda *_, **__: "step 1/300")
+    monkeypatch.setattr(hour, "run", lambda *_, **__: "step 1/100")
     with pytest.raises(script.StepFailed, match="did not resume"):
         script.resume(hour, tmp_path)
