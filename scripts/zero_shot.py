@@ -1,7 +1,9 @@
 """Classifies images by the names of their classes alone, with a two-tower model."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import app
 from absl import flags
@@ -58,15 +60,14 @@ def main() -> None:
         channels=image.channels,  # type: ignore[arg-type]
     )
     prepared = prepare(data, folder, where="--images")
-    names, templates = prepared.classes, TEMPLATES  # type: ignore[attr-defined]
-    if not args.images:
-        names, templates = DIGIT_NAMES, DIGIT_TEMPLATES
+    names: Sequence[str] = prepared.classes if args.images else DIGIT_NAMES  # type: ignore[attr-defined]
+    templates: Sequence[str] = TEMPLATES if args.images else DIGIT_TEMPLATES
     if args.names:
         names = _named(Path(args.names), names)
     if args.templates:
         templates = _sentences(Path(args.templates))
     encode = functools.partial(encode_captions, tokenizer, length=config.text.max_length)
-    side = "train" if args.images else "heldout"
+    side: Literal["train", "heldout"] = "train" if args.images else "heldout"
     batches = heldout_batches(prepared, global_batch_size=args.batch_size, side=side)
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     model = TwoTower(config, dtype=dtype)
@@ -85,7 +86,7 @@ def _heldout_fraction(folder: Path) -> float:
     return float(data["heldout_fraction"])
 
 
-def _named(path: Path, folders: tuple[str, ...]) -> list[str]:
+def _named(path: Path, folders: Sequence[str]) -> list[str]:
     from ml.errors import UserError
 
     try:

@@ -140,7 +140,7 @@ class LatencyModel:
         elif layout.state:
             once += seconds(size * cut(layout.state), *layout.state)
         if layout.gradients:
-            each += seconds(size * cut(layout.gradients), *layout.gradients)
+            each += seconds(2 * size * cut(layout.gradients), *layout.gradients)  # float32
         copies = tuple(axis for axis in ("data", "fsdp", "expert", "sequence") if axis not in layout.gradients)
         if layout.gradients:  # already scattered, float32, once a step
             once += seconds(2 * 2 * shard * cut(copies), *copies)

@@ -76,9 +76,9 @@ class PairReader:
         (store,) = self.stores
         batch = self._images(numbers)
         rows, real = batch.pop("targets")[:, 0].tolist(), batch["loss_mask"][:, 0].tolist()
-        chosen: list[Sequence[int]] = []
+        chosen: list[Any] = []
         for number, row, counted in zip(np.asarray(numbers).tolist(), rows, real, strict=True):
-            captions: Sequence[Sequence[int]] = store.captions(row) if counted else [[self.padding]]
+            captions: Any = store.captions(row) if counted else [[self.padding]]
             if self.seed is not None and len(captions) > 1:
                 # Another key than that of the image's generator (`ml.data.images.reader`).
                 rng = np.random.Generator(np.random.Philox(key=[self.seed, number], counter=[0, 0, 0, 1]))

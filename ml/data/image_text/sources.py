@@ -7,7 +7,7 @@ import io
 import json
 import posixpath
 import tarfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ class PairSource:
         fields = (config.format, config.image_field, config.caption_field, config.path)
         self.fingerprint = repr((fields, listing_fingerprint(self._files)))
 
-    def pairs(self, folder: Path | None) -> Iterator[Pair]:
+    def pairs(self, folder: Path | None) -> Generator[Pair]:
         """All pairs, in order.
 
         Args:
@@ -89,7 +89,7 @@ class PairSource:
             yield from read(file, self.config)
 
 
-def _digits(folder: Path | None) -> Iterator[Pair]:
+def _digits(folder: Path | None) -> Generator[Pair]:
     """Scikit-learn's digits as PNG files, one behind another in one file."""
     digits, name, offset = Digits(), "digits.bin", 0
     with contextlib.nullcontext() if folder is None else (folder / name).open("wb") as file:
@@ -105,7 +105,7 @@ def _digits(folder: Path | None) -> Iterator[Pair]:
             offset += len(png.getvalue())
 
 
-def _jsonl(file: SourceFile, config: ImageTextDataConfig) -> Iterator[Pair]:
+def _jsonl(file: SourceFile, config: ImageTextDataConfig) -> Generator[Pair]:
     with file.open() as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -118,7 +118,7 @@ def _jsonl(file: SourceFile, config: ImageTextDataConfig) -> Iterator[Pair]:
             yield _listed(record, file, config, where)
 
 
-def _csv(file: SourceFile, config: ImageTextDataConfig) -> Iterator[Pair]:
+def _csv(file: SourceFile, config: ImageTextDataConfig) -> Generator[Pair]:
     delimiter = "\t" if ".tsv" in posixpath.basename(file.name) else ","
     with file.open() as data:
         rows = csv.DictReader(io.TextIOWrapper(data, "utf-8-sig", newline=""), delimiter=delimiter)
@@ -145,13 +145,14 @@ def _located(file: SourceFile, path: str) -> str:
     return path if url.startswith(("file:", "local:")) else url
 
 
-def _webdataset(file: SourceFile, config: ImageTextDataConfig) -> Iterator[Pair]:
+def _webdataset(file: SourceFile, config: ImageTextDataConfig) -> Generator[Pair]:
     """Pairs of a tar file (github.com/webdataset/webdataset): members that follow one another and share their name."""
     if not file.name.endswith(".tar"):
         raise UserError(f"{file.path}: images are read from their place in a tar file, so it must not be compressed")
     try:
         with file.open() as data, tarfile.open(fileobj=data) as archive:
-            key, image, captions = "", None, ()  # type: ignore[var-annotated]
+            key, image = "", None
+            captions: tuple[str, ...] = ()
             for member in archive:
                 if not member.isfile():
                     continue
@@ -185,7 +186,7 @@ def _captions(content: bytes, extension: str, config: ImageTextDataConfig, where
     return tuple(map(str, found)) if isinstance(found, list) else (str(found),) if found else ()
 
 
-_READERS: Mapping[str, Callable[[SourceFile, ImageTextDataConfig], Iterator[Pair]]] = {
+_READERS: Mapping[str, Callable[[SourceFile, ImageTextDataConfig], Generator[Pair]]] = {
     "jsonl": _jsonl,
     "csv": _csv,
     "webdataset": _webdataset,
