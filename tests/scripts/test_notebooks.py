@@ -17,9 +17,8 @@ def test_what_is_committed_was_executed_whole(path: Path):
     text = path.read_text()
     cells = json.loads(text)["cells"]
     code = [cell for cell in cells if cell["cell_type"] == "code"]
-    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1)), (
-        "run: make notebooks ARGS=--save"
-    )
+    counts = [cell["execution_count"] for cell in code]
+    assert counts in ([None] * len(code), list(range(1, len(code) + 1))), "run: make notebooks ARGS=--save"
     outputs = [output for cell in code for output in cell["outputs"]]
     assert not any(output["output_type"] == "error" or output.get("name") == "stderr" for output in outputs)
     pictures = sum("image/png" in output.get("data", {}) for output in outputs)
