@@ -24,7 +24,7 @@ def workdir(tmp_path):
 
 def began(workdir):
     one = Closing(workdir)
-    prepared = SimpleNamespace(config=SimpleNamespace(for_encoder=False), heldout_bytes=100)
+    prepared = SimpleNamespace(codes_text=True, heldout_bytes=100)
     one.begin(SimpleNamespace(prepared=prepared), 1234)
     return one
 
