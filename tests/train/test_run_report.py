@@ -92,3 +92,16 @@ def test_wrong_paths_are_named_with_what_is_there(tmp_path):
     (folder / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match="has no rows yet"):
         read_run(folder)
+
+
+def test_images_are_counted_as_tokens_are(tmp_path):
+    with MetricsFile(tmp_path / "metrics.jsonl") as file:
+        for step in (1, 2):
+            counts = {"images": 64, "images_seen": 64 * step, "images_per_second": 32.0, "broken_seen": 0}
+            file.write(step, {"loss": 2.0 / step, **counts})
+    run = read_run(tmp_path)
+    assert run.unit == "images" and run.tokens.tolist() == [64, 128] and run.seconds.tolist() == [2, 4]
+    assert [panel.title for panel in panels_of(run)][:2] == ["Loss", "Throughput"]
+    write_report(run, tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    assert "images per second" in text and "images/s" in text and "tokens" not in text

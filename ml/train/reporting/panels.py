@@ -55,7 +55,7 @@ def panels_of(run: Run) -> Iterator[Panel]:
     held_out = "of training and on held-out data"
     yield Panel("Loss", lambda axes: _draw_loss(axes, run), held_out, wide=True, room=(0.75, 0.2, 0.65, 0.55))
     if run.column("tokens_per_second")[0].size:
-        yield Panel("Throughput", lambda axes: _draw_speed(axes, run), "tokens per second, all devices together")
+        yield Panel("Throughput", lambda axes: _draw_speed(axes, run), f"{run.unit} per second, all devices together")
     if run.column("gradient_norm")[0].size:
         yield Panel("Gradient norm", lambda axes: _draw_norm(axes, run), "L2, of all parameters, before clipping")
     if run.column("learning_rate")[0].size:
@@ -109,7 +109,7 @@ def _others(run: Run) -> list[str]:
 def _draw_loss(axes: Any, run: Run) -> None:
     rows = thinned(run.rows)
     draw_loss(axes, rows)
-    tokens_on_top(axes, rows)
+    tokens_on_top(axes, rows, run.unit)
     axes.set_ylabel("loss (nats)", color=INK)
     axes.set_xlabel("step", color=INK)
 

@@ -141,8 +141,8 @@ def _draw_rate_and_norm(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
         spine.set_visible(False)
 
 
-def tokens_on_top(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A second axis that tells how many tokens had been seen; ticks lie at round numbers of tokens."""
+def tokens_on_top(axes: Any, rows: Sequence[Mapping[str, Any]], unit: str = "tokens") -> None:
+    """A second axis that tells how many tokens (or what ``unit`` says) had been seen; ticks lie at round numbers."""
     from matplotlib.ticker import MaxNLocator
 
     steps, seen = finite(rows, "tokens_seen")
@@ -156,7 +156,7 @@ def tokens_on_top(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     top.set_ticks(np.interp(ticks, seen, steps), [round_number(tick) for tick in ticks])
     top.tick_params(colors=GREY, labelsize=11, length=3)
     top.spines["top"].set_visible(False)
-    top.set_xlabel("training tokens", fontsize=12, color=GREY)
+    top.set_xlabel(f"training {unit}", fontsize=12, color=GREY)
 
 
 def round_number(value: float) -> str:

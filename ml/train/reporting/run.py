@@ -23,15 +23,17 @@ class Run:
 
     Attributes:
       path: its folder.
-      rows: of `read_metrics`, ascending in ``step``; at least one.
+      rows: of `read_metrics`, ascending in ``step``; at least one. What is counted is named ``tokens`` in all of them.
       settings: of the experiment: dotted key -> value.
       summary: of `ml.train.closing`; empty: the run has not ended, or was killed.
+      unit: what ``tokens`` are: ``images`` where the model learns from those.
     """
 
     path: pathlib.Path
     rows: Sequence[Mapping[str, Any]]
     settings: Mapping[str, Any]
     summary: Mapping[str, Any]
+    unit: str = "tokens"
 
     @property
     def name(self) -> str:
@@ -92,7 +94,18 @@ def read_run(path: str | os.PathLike[str]) -> Run:
         raise UserError(f"{folder / METRICS} has no rows yet; wait for the run's first step")
     settings = _read_json(folder / EXPERIMENT) if (folder / EXPERIMENT).is_file() else {}
     summary = _read_json(folder / SUMMARY) if (folder / SUMMARY).is_file() else {}
-    return Run(folder.resolve(), rows, dict(flattened(settings)) if settings else {}, summary)
+    unit, rows = _counting_tokens(rows)
+    return Run(folder.resolve(), rows, dict(flattened(settings)) if settings else {}, summary, unit)
+
+
+def _counting_tokens(rows: Sequence[Mapping[str, Any]]) -> tuple[str, Sequence[Mapping[str, Any]]]:
+    """What a run counts, and its rows with that called tokens: curves of text and of images are drawn alike."""
+    last = rows[-1]
+    unit = next((name for name in last if f"{name}_seen" in last), "tokens")
+    if unit == "tokens":
+        return unit, rows
+    names = {unit: "tokens"} | {f"{unit}_{what}": f"tokens_{what}" for what in ("seen", "per_second")}
+    return unit, [{names.get(name, name): value for name, value in row.items()} for row in rows]
 
 
 def flattened(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -57,10 +57,10 @@ def figures_of(run: Run) -> dict[str, str]:
             figures[f"held-out {name.replace('_', ' ')}"] = f"{value:.4g}"
     if "loss" in last:
         figures["training loss"] = f"{last['loss']:.4f}"
-    figures["tokens"] = short_number(float(run.tokens[-1]))
+    figures[run.unit] = short_number(float(run.tokens[-1]))
     speeds = [row["tokens_per_second"] for row in run.rows if "tokens_per_second" in row]
     if speeds:
-        figures["tokens/s"] = short_number(float(sorted(speeds)[len(speeds) // 2]))
+        figures[f"{run.unit}/s"] = short_number(float(sorted(speeds)[len(speeds) // 2]))
         figures["time in steps"] = duration(float(run.seconds[-1]))
     shares = sorted(row["mfu"] for row in run.rows if "mfu" in row)
     if shares:
