@@ -89,7 +89,7 @@ def read_run(path: str | os.PathLike[str]) -> Run:
         below = sorted(str(p.parent.relative_to(folder)) for p in folder.glob(f"*/{METRICS}"))
         hint = f"did you mean one of its folders: {', '.join(below)}?" if below else "give the --workdir of a run"
         raise UserError(f"{path} is no folder of a training run: it lacks {METRICS}; {hint}")
-    rows = read_metrics(folder / METRICS)
+    rows: Sequence[Mapping[str, Any]] = read_metrics(folder / METRICS)
     if not rows:
         raise UserError(f"{folder / METRICS} has no rows yet; wait for the run's first step")
     settings = _read_json(folder / EXPERIMENT) if (folder / EXPERIMENT).is_file() else {}
