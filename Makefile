@@ -59,8 +59,8 @@ test-all: lint typecheck env-parity env-cuda ## the same with the slow sweeps, w
 test-parity: env-parity ## compare with torch and transformers, in an environment of its own (.venv-parity)
 	$(PARITY_PY) $(PYTEST) -m "parity" $(ARGS)
 
-test-oldest: env-parity ## a few tests of every file with the oldest supported Python and JAX (all of them: make test-all)
-	$(QUICK_XLA) $(PARITY_PY) $(PYTEST) --functions-per-file=2 -m "not slow and $(HERE)" $(ARGS)
+test-oldest: env-parity ## a test of every file with the oldest supported Python and JAX (all of them: make test-all)
+	$(QUICK_XLA) $(PARITY_PY) $(PYTEST) --functions-per-file=1 -m "not slow and $(HERE)" $(ARGS)
 
 test-cuda: env-cuda ## compile the GPU kernels for an absent H200, in an environment of its own (.venv-cuda)
 	$(CUDA_PY) $(PYTEST) -m "cuda and not slow" $(ARGS)

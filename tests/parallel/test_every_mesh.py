@@ -128,8 +128,8 @@ def check(model_name, optimizer_name, mesh, tolerance):
     return copies
 
 
-# What they do, `2x2x2`, `slices` and `stages_zero2` do too.
-_AS_OTHERS = {"8x1x1", "2x4x1", "zero3", "stages"}
+# What they do, `2x2x2`, `slices` and `stages_zero2` do too, and `stages_long` with another model.
+_AS_OTHERS = {"8x1x1", "2x4x1", "zero3", "stages", "stages_long"}
 
 
 # Between them: all kinds of meshes, experts, windows that alternate, tied embeddings, learned positions, and biases.

@@ -97,6 +97,7 @@ def test_all_of_it_is_near_what_xla_plans(mesh):
     assert real / FACTOR < predicted < real * FACTOR
 
 
+@pytest.mark.slow
 def test_mends_fit_and_come_with_the_most_effective_first():
     config = experiment({"num_layers": 4}, {"data": 8}, remat="none", batch_size=64)
     model = MemoryModel(config)

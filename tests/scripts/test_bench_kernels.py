@@ -84,7 +84,7 @@ def test_cases_have_names_of_their_own_and_cost_something(bench, kernel, platfor
     ("kernel", "name"),
     [
         ("flash", "small_512/forward"),
-        ("shared_prefix", "4_below_256"),
+        pytest.param("shared_prefix", "4_below_256", marks=pytest.mark.slow),
         pytest.param("shared_prefix", "64_below_1k_and_16_below_256", marks=pytest.mark.slow),
         ("paged", "decode_16_skewed"),
     ],

@@ -24,6 +24,7 @@ def script(pytestconfig):
         return bench_mfu
 
 
+@pytest.mark.slow
 def test_a_setting_that_fails_is_reported_and_the_next_one_measured(tmp_path, script):
     blocked = tmp_path / "sitecustomize.py"
     blocked.write_text(f"import sys\nfor name in {_ABSENT}:\n    sys.modules[name] = None\n")

@@ -115,6 +115,7 @@ def kill_again_and_again(config, workdir, kills, seed):
     return killed, cut_off
 
 
+@pytest.mark.slow
 def test_kill_9_at_random_moments(config, undisturbed, tmp_path):
     killed, cut_off = kill_again_and_again(config, tmp_path / "w", 4, seed=0)
     assert_same(outcome(tmp_path / "w"), undisturbed)
