@@ -150,7 +150,7 @@ _COPIES = {"lamb": 2, "lars": 1, "adamw": 2, "sgd": 1, "muon": 1}
 @pytest.mark.parametrize(
     ("name", "mesh"),
     [(name, "2x2x2") for name in ("lamb", "lars", "adamw", "adafactor", "muon")]
-    + [("lamb", "zero1"), ("muon", "zero1"), ("lamb", "stages_zero2")],
+    + [("lamb", "zero1"), ("muon", "zero1"), pytest.param("lamb", "stages_zero2", marks=pytest.mark.slow)],
 )
 def test_the_same_update_on_every_mesh(name, mesh):
     assert check("dense", name, mesh, 1e-5) >= _COPIES.get(name, 0)
@@ -181,6 +181,7 @@ def test_every_optimizer_keeps_its_state_cut_as_the_parameters_are(name):
     assert sum(x.size for x in whole) < 0.1 * sum(x.size for x in jax.tree.leaves(state.params))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["ring", "stages"])
 def test_a_collective_that_is_left_out_is_noticed(mesh, monkeypatch):
     monkeypatch.setattr(jax.lax, "ppermute", lambda x, axis, permutation: x)

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from ml.models.attention import AttentionLayer
 from ml.parallel import MeshConfig, Rules
@@ -26,6 +27,7 @@ def per_device(shards, length=65536):
     return memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
 
 
+@pytest.mark.slow
 def test_memory_per_device_falls_with_the_number_of_devices():
     """65536 tokens, 4 query and 2 key/value heads of 64, float32, MB per device: 355 on 2, 215 on 4, 114 on 8.
 
