@@ -12,6 +12,7 @@ from ml.plan.probe import NoiseScale
 from ml.plan.step_law import FINAL_LEARNING_RATE, STEP_LAW, Estimate, non_embedding_parameters
 from ml.plan.topology import Topology
 from ml.train.config import ExperimentConfig
+from ml.train.kinds import check_reads_text
 
 # Fewer steps than this cannot warm up, train and decay.
 _FEWEST_STEPS = 50
@@ -87,8 +88,9 @@ def advise(
       batch_shards: into how many parts this machine's mesh cuts a batch; not read with a ``topology``.
 
     Raises:
-      UserError: too few tokens, a staged schedule, a batch that cannot be cut on that machine.
+      UserError: too few tokens, a staged schedule, a batch that cannot be cut on that machine, a model of images.
     """
+    check_reads_text(config, "the advisor")
     if config.schedule.stages:
         raise UserError(
             "config.schedule.stages: the advice is for a single stage; leave them out, and ask for each stage"

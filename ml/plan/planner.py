@@ -11,6 +11,7 @@ from ml.plan.latency import Latency, LatencyModel
 from ml.plan.memory import Memory, MemoryModel, abstract_rules
 from ml.plan.topology import GPUS_PER_NODE, Topology
 from ml.train.config import ExperimentConfig
+from ml.train.kinds import check_reads_text
 
 # Of a device's memory, what a plan may be predicted to need: the formula errs by up to this much.
 MARGIN = 0.85
@@ -50,8 +51,9 @@ def search(config: ExperimentConfig, topology: Topology, *, efficiency: float = 
       efficiency: share of the data sheet's peak at which matrix products are assumed to run.
 
     Raises:
-      UserError: none fits.
+      UserError: none fits; the model is no transformer of text.
     """
+    check_reads_text(config, "the planner")
     model = MemoryModel(config)
     latency = LatencyModel(topology, model, efficiency)
     tokens = config.tokens_per_step

@@ -6,6 +6,7 @@ objective (`ml.train.objective`) and its data (`ml.data.kinds`).
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any
 
 from ml.config import to_dict
@@ -48,49 +49,35 @@ class Kind:
     activations: Callable[[Experiment, Mapping[str, int], Any], int]
 
 
+def _kind(data: type, unit: str, module: ModuleType) -> Kind:
+    """The functions of ``module``, by their names; what a batch looks ahead for is nothing unless it says so."""
+    own = {field.name: getattr(module, field.name) for field in dataclasses.fields(Kind) if hasattr(module, field.name)}
+    return Kind(**{"lookahead": lambda config: (), **own, "data": data, "unit": unit})
+
+
 KINDS: Mapping[type, Kind] = {
-    TransformerConfig: Kind(
-        data=DataConfig,
-        unit="tokens",
-        units=transformer_kind.units,
-        check=transformer_kind.check,
-        check_mesh=transformer_kind.check_mesh,
-        check_data=transformer_kind.check_data,
-        fields=transformer_kind.fields,
-        lookahead=lambda config: (),
-        flops=transformer_kind.flops,
-        activations=transformer_kind.activations,
-    ),
-    ResNetConfig: Kind(
-        data=ImageDataConfig,
-        unit="images",
-        units=image_kind.units,
-        check=image_kind.check,
-        check_mesh=image_kind.check_mesh,
-        check_data=image_kind.check_data,
-        fields=image_kind.fields,
-        lookahead=image_kind.lookahead,
-        flops=image_kind.flops,
-        activations=image_kind.activations,
-    ),
-    TwoTowerConfig: Kind(
-        data=ImageTextDataConfig,
-        unit="pairs",
-        units=image_text_kind.units,
-        check=image_text_kind.check,
-        check_mesh=image_text_kind.check_mesh,
-        check_data=image_text_kind.check_data,
-        fields=image_text_kind.fields,
-        lookahead=lambda config: (),
-        flops=image_text_kind.flops,
-        activations=image_text_kind.activations,
-    ),
+    TransformerConfig: _kind(DataConfig, "tokens", transformer_kind),
+    ResNetConfig: _kind(ImageDataConfig, "images", image_kind),
+    TwoTowerConfig: _kind(ImageTextDataConfig, "pairs", image_text_kind),
 }
 
 
 def kind_of(model: Any) -> Kind:
     """The kind of an architecture, by the class of its configuration."""
     return KINDS[type(model)]
+
+
+def check_reads_text(config: Experiment, what: str) -> None:
+    """Refuses models of images: ``what`` counts in tokens and layers of a transformer.
+
+    Raises:
+      UserError: names the model's kind, and what serves it.
+    """
+    if not isinstance(config.model, TransformerConfig):
+        raise UserError(
+            f"config.model.kind={config.model.kind!r}: {what} knows transformers that read text alone; try a mesh and "
+            "a batch of your choice with scripts/preflight.py"
+        )
 
 
 def check_experiment(config: Experiment) -> None:

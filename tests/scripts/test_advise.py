@@ -42,6 +42,7 @@ def test_a_probe_measures_and_its_run_is_kept(tmp_path):
         ((QUICKSTART, "--tokens=many"), "--tokens=many: not a number of tokens"),
         ((QUICKSTART, "--tokens=1k"), "--tokens=1,000 is too few"),
         (("--config=configs/lm/quickstat.py", "--tokens=1B"), "quickstart.py"),
+        (("--config=configs/basic/tiny_cpu.py", "--tokens=1B"), "config.model.kind='two_tower': the advisor knows"),
         ((QUICKSTART, "--tokens=1B", "--topology=v7:2x2"), "unknown family 'v7'"),
         ((QUICKSTART, "--tokens=1B", "--topology=2*v5e:2x2", "--global_batch=7"), "batch of 7"),
         ((QUICKSTART, "--tokens=1B", "--check"), "--check compiles for a --topology"),

@@ -26,6 +26,7 @@ def test_ranks_and_prints_flags():
         ((*JOB, "--global_batch=0"), "--global_batch"),
         ((*JOB, "--efficiency=2"), "--efficiency"),
         ((*JOB, "--config.model.num_laers=2"), "num_layers"),
+        (("--config=configs/resnet/digits.py", "--topology=v5e:4x4"), "config.model.kind='resnet': the planner knows"),
     ],
 )
 def test_mistakes_are_one_line(arguments, message):
