@@ -248,6 +248,13 @@ def test_plot_shows_every_series_with_units(tmp_path, monkeypatch):
     assert ticks["20k"] == pytest.approx(20) and ticks["100k"] == pytest.approx(100)
 
 
+def test_plot_of_images_counts_images(tmp_path, monkeypatch):
+    rows = [row | {"images": row.pop("tokens"), "images_seen": 1000 * row["step"]} for row in _rows(40)]
+    loss = _figure(rows, tmp_path, monkeypatch).axes[0]
+    assert loss.get_ylabel() == "loss (nats per image)"
+    assert loss.child_axes[0].get_xlabel() == "training images"
+
+
 def test_one_spike_neither_flattens_nor_lifts_the_curve(tmp_path, monkeypatch):
     rows = _rows(300)
     rows[150]["loss"] = 1e4

@@ -108,9 +108,8 @@ def _others(run: Run) -> list[str]:
 
 def _draw_loss(axes: Any, run: Run) -> None:
     rows = thinned(run.rows)
-    draw_loss(axes, rows)
+    draw_loss(axes, rows, run.unit)
     tokens_on_top(axes, rows, run.unit)
-    axes.set_ylabel("loss (nats)", color=INK)
     axes.set_xlabel("step", color=INK)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from ml.train.reporting.figure import BLUE, GREEN, GREY, INK, ORANGE, RED, new_figure, style, write_png
 from ml.train.reporting.progress import short_number
+from ml.train.reporting.run import counting_tokens
 
 # So few values are drawn as they are.
 _FEW = 30
@@ -18,15 +19,16 @@ def plot_loss(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], *
     """Draws loss, learning rate and gradient norm over steps, and writes a PNG (atomically).
 
     Args:
-      rows: of `read_metrics`, ascending in ``step``. Read where present: ``loss`` and ``eval_loss`` (nats per token),
-        ``learning_rate``, ``gradient_norm``, and for the axis on top ``tokens_seen`` (or the sum of ``tokens``, those
-        of a step).
+      rows: of `read_metrics`, ascending in ``step``. Read where present: ``loss`` and ``eval_loss`` (nats per token,
+        or per image, or per pair), ``learning_rate``, ``gradient_norm``, and for the axis on top ``tokens_seen`` (or
+        ``images_seen``, or the sum of ``tokens``, those of a step).
       path: where to write; parent directories must exist.
       title: above the picture.
 
     Raises:
       OSError: the file cannot be written.
     """
+    unit, rows = counting_tokens(rows)
     figure = new_figure(9.6, 6.4)
     steps = np.array([row["step"] for row in rows], dtype=float)
     lower = any(finite(rows, key)[0].size for key in ("learning_rate", "gradient_norm"))
@@ -36,10 +38,10 @@ def plot_loss(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], *
     else:
         loss_axes = figure.subplots()
     bottom = lower_axes if lower else loss_axes
-    draw_loss(loss_axes, rows)
+    draw_loss(loss_axes, rows, unit)
     if steps.size:
         bottom.set_xlim(min(steps[0], 1) if steps.size > 1 else steps[0] - 1, max(steps[-1], steps[0] + 1))
-    tokens_on_top(loss_axes, rows)
+    tokens_on_top(loss_axes, rows, unit)
     bottom.set_xlabel("step", fontsize=12, color=INK)
     if title:
         figure.suptitle(title, fontsize=14, color=INK)
@@ -78,8 +80,8 @@ def finite(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.
     return np.array([p[0] for p in points], dtype=float), np.array([p[1] for p in points], dtype=float)
 
 
-def draw_loss(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Loss over steps, each and smoothed, and the held-out loss."""
+def draw_loss(axes: Any, rows: Sequence[Mapping[str, Any]], unit: str = "tokens") -> None:
+    """Loss over steps, each and smoothed, and the held-out loss; ``unit`` is what it is averaged over."""
     steps, loss = finite(rows, "loss")
     heldout_steps, heldout = finite(rows, "eval_loss")
     trend = trend_of(loss)
@@ -108,7 +110,7 @@ def draw_loss(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
         margin = 0.05 * (top - bottom) or 0.1
         axes.set_ylim(bottom - margin, top + margin)
     step_style(axes)
-    axes.set_ylabel("loss (nats per token)", fontsize=12, color=INK)
+    axes.set_ylabel(f"loss (nats per {unit.removesuffix('s')})", fontsize=12, color=INK)
     if loss.size or heldout.size:
         axes.legend(loc="upper right", fontsize=11, frameon=False)
 

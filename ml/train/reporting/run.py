@@ -94,13 +94,13 @@ def read_run(path: str | os.PathLike[str]) -> Run:
         raise UserError(f"{folder / METRICS} has no rows yet; wait for the run's first step")
     settings = _read_json(folder / EXPERIMENT) if (folder / EXPERIMENT).is_file() else {}
     summary = _read_json(folder / SUMMARY) if (folder / SUMMARY).is_file() else {}
-    unit, rows = _counting_tokens(rows)
+    unit, rows = counting_tokens(rows)
     return Run(folder.resolve(), rows, dict(flattened(settings)) if settings else {}, summary, unit)
 
 
-def _counting_tokens(rows: Sequence[Mapping[str, Any]]) -> tuple[str, Sequence[Mapping[str, Any]]]:
+def counting_tokens(rows: Sequence[Mapping[str, Any]]) -> tuple[str, Sequence[Mapping[str, Any]]]:
     """What a run counts, and its rows with that called tokens: curves of text and of images are drawn alike."""
-    last = rows[-1]
+    last = rows[-1] if rows else {}
     unit = next((name for name in last if f"{name}_seen" in last), "tokens")
     if unit == "tokens":
         return unit, rows
