@@ -4,6 +4,7 @@ import numpy as np
 import optax
 import pytest
 
+from ml.models import ResNetConfig, init_params, logical_axes, module_of
 from ml.optim import OptimizerConfig, ScheduleConfig, make_optimizer
 from ml.optim.trust_ratio import scale_by_trust_ratio
 
@@ -104,6 +105,25 @@ def test_ratios_are_reported_per_tensor_and_asking_changes_nothing(name, axes, p
     u = {"lamb": g / (np.abs(g) + 1e-6), "lars": 0.1 * g, "lars_2017": 1000 * g}[name]
     ratios = np.sqrt((x**2).sum((2, 3)) / (u**2).sum((2, 3)))
     np.testing.assert_allclose(seen["layers/moe/up/kernel"], ratios, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["lamb", "lars"])
+def test_batch_norms_neither_decay_nor_take_a_trust_ratio(name):
+    config = ResNetConfig(num_classes=5, blocks=(1,), bottleneck=False, width=4, stem="small")
+    axes = logical_axes(config)
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: init_params(module_of(config), jax.random.key(0)))
+    params, grads = (jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes) for _ in range(2))
+    optimizer, schedule = OptimizerConfig(name, 1.0, weight_decay=0.1), ScheduleConfig("constant", warmup_fraction=0.0)
+    tx, _ = make_optimizer(optimizer, schedule, total_steps=1, batch_size=1, axes=axes)
+    update = jax.jit(lambda params: tx.update(grads, tx.init(params), params)[0])
+    small, large = update(params), update(jax.tree.map(lambda x: 3 * x, params))
+    moved = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): not np.array_equal(one, other)
+        for (path, one), other in zip(jax.tree_util.tree_leaves_with_path(small), jax.tree.leaves(large), strict=True)
+    }
+    assert sum("norm" in path for path in moved) >= 6
+    assert moved == {path: path.endswith("kernel") for path in moved}
 
 
 def test_missing_or_wrong_axes_name_the_parameter():
