@@ -18,6 +18,7 @@ from ml.models.huggingface import load_config, load_params
 from ml.models.huggingface.output_folder import appearing
 from ml.models.huggingface.tokenizers import write_tokenizer
 from ml.models.quantization import leaf_quantizer, quantize_params
+from ml.models.resnet_config import ResNetConfig
 from ml.models.two_tower_config import TwoTowerConfig
 
 _EXPERIMENT = "experiment.json"
@@ -48,19 +49,7 @@ def load_model(
     """
     folder = Path(path).expanduser()
     config = load_model_config(folder)
-    if (folder / _EXPERIMENT).is_file():
-        params = params_to_evaluate(folder, step, dtype)
-        if sharding is not None:
-            params = jax.tree.map_with_path(lambda keys, leaf: _place(leaf, sharding(leaf_path(keys))), params)
-        if int8:
-            params = quantize_params(config, params, donate=True)
-    else:
-        if step is not None:
-            raise UserError(f"{folder}: a Hugging Face folder has no checkpoint steps; leave the step out")
-        finish = leaf_quantizer(config, donate=True) if int8 else None
-        params = load_params(folder, config, dtype=dtype, sharding=sharding, finish=finish)
-    tokenizer = folder / "tokenizer.json"
-    return config, params, tokenizer if tokenizer.is_file() else None
+    return config, _load_params(folder, config, step, dtype, sharding, int8), _tokenizer_in(folder)
 
 
 def load_model_config(path: str | os.PathLike[str]) -> TransformerConfig:
@@ -78,33 +67,65 @@ def load_model_config(path: str | os.PathLike[str]) -> TransformerConfig:
 
 
 def load_two_tower(
-    path: str | os.PathLike[str], *, step: int | None = None, dtype: Any = None
+    path: str | os.PathLike[str],
+    *,
+    step: int | None = None,
+    dtype: Any = None,
+    sharding: Callable[[str], jax.sharding.Sharding] | None = None,
 ) -> tuple[TwoTowerConfig, dict[str, Any], Path | None]:
-    """`load_model` for models of images and texts.
+    """`load_model` for models of images and texts: a work directory, or the Hugging Face folder of a CLIP."""
+    folder = Path(path).expanduser()
+    config = load_two_tower_config(folder)
+    return config, _load_params(folder, config, step, dtype, sharding), _tokenizer_in(folder)
 
-    Args:
-      path: the work directory of a training run, or the Hugging Face folder of a CLIP.
-      step: which checkpoint of a work directory; ``None``: the newest whole one.
-      dtype: of the parameters; ``None``: as saved.
+
+def load_two_tower_config(path: str | os.PathLike[str]) -> TwoTowerConfig:
+    """`load_model_config` for models of images and texts.
 
     Raises:
-      UserError: neither kind of folder, another kind of model, or something is missing or damaged.
+      UserError: neither kind of folder, or another kind of model.
     """
     folder = Path(path).expanduser()
-    experiment = folder / _EXPERIMENT
-    if experiment.is_file():
-        model = _read_group(experiment)
-        config: Any = build(TwoTowerConfig, model, f"{experiment}: model") if model.get("kind") == "two_tower" else None
-        params = params_to_evaluate(folder, step, dtype) if config else {}
-    elif step is not None:
-        raise UserError(f"{folder}: a Hugging Face folder has no checkpoint steps; leave the step out")
+    if (folder / _EXPERIMENT).is_file():
+        config = _read_kind(folder / _EXPERIMENT, TwoTowerConfig)
     else:
         config = load_config(folder)
-        params = load_params(folder, config, dtype=dtype) if isinstance(config, TwoTowerConfig) else {}
     if not isinstance(config, TwoTowerConfig):
         raise UserError(f"{folder}: holds no model of images and texts; train one with configs/basic, or give a CLIP")
-    tokenizer = folder / "tokenizer.json"
-    return config, params, tokenizer if tokenizer.is_file() else None
+    return config
+
+
+def load_resnet(
+    path: str | os.PathLike[str],
+    *,
+    step: int | None = None,
+    dtype: Any = None,
+    sharding: Callable[[str], jax.sharding.Sharding] | None = None,
+) -> tuple[ResNetConfig, dict[str, Any], dict[str, Any]]:
+    """`load_model` for image classifiers, from the work directory of a training run.
+
+    Returns:
+      The architecture, its parameters, and ``model_state``: the collections of running statistics.
+    """
+    folder = Path(path).expanduser()
+    config = load_resnet_config(folder)
+    model_state = restore_params(folder, step, subtree="model_state")[1]
+    return config, _load_params(folder, config, step, dtype, sharding), model_state
+
+
+def load_resnet_config(path: str | os.PathLike[str]) -> ResNetConfig:
+    """`load_model_config` for image classifiers.
+
+    Raises:
+      UserError: no work directory, or one of another kind of model.
+    """
+    experiment = Path(path).expanduser() / _EXPERIMENT
+    if not experiment.is_file():
+        raise UserError(f"{path}: has no {_EXPERIMENT}; give the work directory of a run of configs/resnet")
+    config = _read_kind(experiment, ResNetConfig)
+    if config is None:
+        raise UserError(f"{path}: holds no image classifier; give the work directory of a run of configs/resnet")
+    return config
 
 
 def is_two_tower(path: str | os.PathLike[str]) -> bool:
@@ -167,6 +188,37 @@ def _read_group(path: Path) -> dict[str, Any]:
     if not isinstance(experiment, dict) or not isinstance(experiment.get("model"), dict):
         raise UserError(f"{path}: has no group 'model'; is it the experiment.json of a training run?")
     return experiment["model"]
+
+
+def _read_kind(experiment: Path, kind: Any) -> Any:
+    """The architecture in an ``experiment.json``, or ``None`` if it is of another kind."""
+    model = _read_group(experiment)
+    return build(kind, model, f"{experiment}: model") if model.get("kind") == kind.kind else None
+
+
+def _load_params(
+    folder: Path,
+    config: Any,
+    step: int | None,
+    dtype: Any,
+    sharding: Callable[[str], jax.sharding.Sharding] | None,
+    int8: bool = False,
+) -> dict[str, Any]:
+    """The parameters of a folder of either kind, placed; arguments as `load_model`'s."""
+    if not (folder / _EXPERIMENT).is_file():
+        if step is not None:
+            raise UserError(f"{folder}: a Hugging Face folder has no checkpoint steps; leave the step out")
+        finish = leaf_quantizer(config, donate=True) if int8 else None
+        return load_params(folder, config, dtype=dtype, sharding=sharding, finish=finish)
+    params = params_to_evaluate(folder, step, dtype)
+    if sharding is not None:
+        params = jax.tree.map_with_path(lambda keys, leaf: _place(leaf, sharding(leaf_path(keys))), params)
+    return quantize_params(config, params, donate=True) if int8 else params
+
+
+def _tokenizer_in(folder: Path) -> Path | None:
+    tokenizer = folder / "tokenizer.json"
+    return tokenizer if tokenizer.is_file() else None
 
 
 def params_to_evaluate(folder: Path, step: int | None, dtype: Any) -> dict[str, Any]:

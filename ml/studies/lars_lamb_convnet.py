@@ -43,9 +43,15 @@ class Setting:
 SETTINGS: Mapping[Budget, Setting] = {
     "cpu": Setting(
         model=digits_model(8, (1, 1)),
-        epochs=10,
+        epochs=24,  # fewer steps of 512 teach no optimizer anything
         warmup_steps=5,
-        plan=Plan((32, 128, 512), {"lamb": 0.02, "lars": 0.02, "sgd": 0.05}, _GUESS),
+        plan=Plan(
+            (32, 128, 512),
+            {"lamb": 0.02, "lars": 0.08, "sgd": 0.2},
+            _GUESS,
+            seeds=(1, 2, 3),
+            tuning_seeds=(11, 12),
+        ),
     ),
     "gpu": Setting(
         model=digits_model(32, (2, 2, 2)),

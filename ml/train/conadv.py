@@ -21,8 +21,9 @@ from jaxtyping import Array, Float, Int, Num, PyTree
 from ml.models import ResNet
 from ml.parallel import Rules
 from ml.train.config import TrainConfig
-from ml.train.image_loss import RUNNING, class_loss, image_classes, initial_statistics, running, trained_logits
+from ml.train.image_loss import class_loss, image_classes, initial_statistics, running, trained_logits
 from ml.train.objective_class import Batch, Metrics, Objective
+from ml.train.state import RUNNING
 
 # Running statistics of attacked images; and what `TrainState.carried` holds.
 ATTACKED, PERTURBATION = "adversarial_batch_stats", "perturbation"

@@ -12,7 +12,7 @@ from ml.parallel import Rules
 Experiment = Any
 
 # Settings of `TrainConfig` that image classifiers do not have, and their values that do nothing.
-_NOT_OURS = {"dropout": 0.0, "z_loss": 0.0, "loss_chunk": 0, "init_from": ""}
+_NOT_OURS = {"dropout": 0.0, "z_loss": 0.0, "loss_chunk": 0}
 
 
 def check(config: Experiment) -> None:

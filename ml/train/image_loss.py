@@ -13,9 +13,7 @@ from ml.parallel import Rules
 from ml.train.config import TrainConfig
 from ml.train.encoder_loss import classified
 from ml.train.objective_class import Batch, Metrics, Objective
-
-# Collections of `TrainState.model_state`: running statistics of batch norm, and their moving average.
-RUNNING, AVERAGED = "batch_stats", "average_batch_stats"
+from ml.train.state import AVERAGED, RUNNING
 
 
 def image_classes(model: ResNet, config: TrainConfig, rules: Rules | None) -> Objective:

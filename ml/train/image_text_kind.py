@@ -20,7 +20,6 @@ _NOT_OURS = {
     "z_loss": 0.0,
     "noise_scale": False,
     "adversarial": "none",
-    "init_from": "",
 }
 
 

@@ -15,6 +15,7 @@ from ml.errors import UserError
 from ml.models import ResNetConfig, TransformerConfig, TwoTowerConfig
 from ml.parallel import Rules
 from ml.train import image_kind, image_text_kind, transformer_kind
+from ml.train.initial import Initial, initial_resnet, initial_transformer, initial_two_tower
 
 # An `ml.train.config.ExperimentConfig`, which checks itself by what is here.
 Experiment = Any
@@ -31,6 +32,7 @@ class Kind:
       check: refuses an experiment whose parts do not fit one another.
       check_mesh: refuses a mesh that cannot cut the model or its data.
       check_data: ``(experiment, prepared data)``: refuses data that the model cannot take.
+      initial: parts of a run -> parameters of the model that ``train.init_from`` names, and their running statistics.
       fields: experiment -> attributes of the module besides ``dtype``, ``remat`` and ``place``.
       lookahead: experiment -> names of the arrays of which a step wants to see the next batch's too.
       flops: experiment -> FLOPs of the model, forward and backward, for each of its units.
@@ -43,22 +45,23 @@ class Kind:
     check: Callable[[Experiment], None]
     check_mesh: Callable[[Experiment, Rules], None]
     check_data: Callable[[Experiment, Any], None]
+    initial: Callable[[Any], Initial]
     fields: Callable[[Experiment], dict[str, Any]]
     lookahead: Callable[[Experiment], tuple[str, ...]]
     flops: Callable[[Experiment], float]
     activations: Callable[[Experiment, Mapping[str, int], Any], int]
 
 
-def _kind(data: type, unit: str, module: ModuleType) -> Kind:
+def _kind(data: type, unit: str, module: ModuleType, initial: Callable[[Any], Initial]) -> Kind:
     """The functions of ``module``, by their names; what a batch looks ahead for is nothing unless it says so."""
     own = {field.name: getattr(module, field.name) for field in dataclasses.fields(Kind) if hasattr(module, field.name)}
-    return Kind(**{"lookahead": lambda config: (), **own, "data": data, "unit": unit})
+    return Kind(**{"lookahead": lambda config: (), **own, "data": data, "unit": unit, "initial": initial})
 
 
 KINDS: Mapping[type, Kind] = {
-    TransformerConfig: _kind(DataConfig, "tokens", transformer_kind),
-    ResNetConfig: _kind(ImageDataConfig, "images", image_kind),
-    TwoTowerConfig: _kind(ImageTextDataConfig, "pairs", image_text_kind),
+    TransformerConfig: _kind(DataConfig, "tokens", transformer_kind, initial_transformer),
+    ResNetConfig: _kind(ImageDataConfig, "images", image_kind, initial_resnet),
+    TwoTowerConfig: _kind(ImageTextDataConfig, "pairs", image_text_kind, initial_two_tower),
 }
 
 

@@ -9,11 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from ml.checkpoint import Checkpointer
-from ml.checkpoint.pretrained import leaf_path, load_model, load_model_config
-from ml.config import to_dict
 from ml.data import HeldoutBatches, Loader, Lookahead, Prepared, heldout_batches, make_loader, prepare
 from ml.errors import UserError
-from ml.models import Model, MoEConfig, TransformerConfig, init_params, logical_axes, module_of
+from ml.models import Model, init_params, logical_axes, module_of
 from ml.optim import eval_params, make_optimizer
 from ml.parallel import Rules, loader_share
 from ml.train.batch_shapes import abstract_batch
@@ -22,6 +20,7 @@ from ml.train.evaluation import HeldoutLoss, make_evaluate
 from ml.train.kinds import kind_of
 from ml.train.noise_scale import check_noise_scale
 from ml.train.objective import make_objective
+from ml.train.objective_class import Objective
 from ml.train.state import TrainState, init_state
 from ml.train.workdir import Workdir
 
@@ -139,6 +138,9 @@ def make_state(parts: Parts, checkpointer: Checkpointer) -> tuple[TrainState, di
     """
     train = parts.config.train
     objective = make_objective(parts.model, train, parts.rules)
+    params, statistics = None, None
+    if train.init_from and checkpointer.latest_step() is None:
+        params, statistics = kind_of(parts.config.model).initial(parts)
     state = init_state(
         parts.model,
         parts.tx,
@@ -146,8 +148,8 @@ def make_state(parts: Parts, checkpointer: Checkpointer) -> tuple[TrainState, di
         seed=parts.config.seed,
         ema=train.ema > 0,
         offload=train.offload_optimizer,
-        params=_pretrained(parts) if train.init_from and checkpointer.latest_step() is None else None,
-        model_state=objective.model_state,
+        params=params,
+        model_state=lambda: objective.model_state() if statistics is None else _each(objective, statistics),
         carried=lambda: objective.carried(abstract_batch(parts.config, parts.rules)),
     )
     if checkpointer.latest_step() is None:
@@ -161,58 +163,6 @@ def make_state(parts: Parts, checkpointer: Checkpointer) -> tuple[TrainState, di
     return restored.state, restored.data_state
 
 
-def _pretrained(parts: Parts) -> Any:
-    """Parameters of another run or of a Hugging Face folder, placed on the mesh."""
-    source, config = parts.config.train.init_from, parts.config
-    if not config.data.tokenizer.path:
-        raise UserError(f"config.train.init_from={source} needs its own tokenizer: set config.data.tokenizer.path too")
-    found = load_model_config(source)
-    _check_same_model(found, config.model, source)
-    donor = module_of(found)
-    shapes = jax.eval_shape(lambda: init_params(donor, jax.random.key(0)))
-    shardings = parts.rules.shardings(logical_axes(found), shapes)
-    by_path = {leaf_path(keys): leaf for keys, leaf in jax.tree.leaves_with_path(shardings)}
-    params = load_model(source, dtype=jnp.float32, sharding=by_path.__getitem__)[1]
-    return params if found.encoder == config.model.encoder else _with_new_heads(params, parts)
-
-
-def _with_new_heads(params: dict[str, Any], parts: Parts) -> dict[str, Any]:
-    """An encoder's parameters below its heads, with random heads such as its task now has."""
-    shapes = jax.eval_shape(lambda: init_params(parts.model, jax.random.key(0)))
-    shardings = parts.rules.shardings(logical_axes(parts.config.model), shapes)
-    new = [name for name in shapes if name not in params or not _alike(params[name], shapes[name])]
-
-    def create(key: jax.Array) -> Any:
-        made = init_params(parts.model, key)
-        return {name: made[name] for name in new}
-
-    heads = jax.jit(create, out_shardings={name: shardings[name] for name in new})(jax.random.key(parts.config.seed))
-    return {name: heads[name] if name in new else params[name] for name in shapes}
-
-
-def _alike(left: Any, right: Any) -> bool:
-    one, other = (jax.tree.map(lambda x: tuple(x.shape), tree) for tree in (left, right))
-    return one == other
-
-
-def _check_same_model(found: TransformerConfig, wanted: TransformerConfig, source: str) -> None:
-    harmless = {"init_stddev"} if wanted.position_embedding == "learned" else {"init_stddev", "max_length"}
-    if found.encoder and wanted.encoder:  # heads are made anew for another task
-        found = dataclasses.replace(
-            found, encoder=dataclasses.replace(found.encoder, num_classes=wanted.encoder.num_classes)
-        )
-    left, right = to_dict(found), to_dict(wanted)
-    for name in left:
-        if getattr(_untrained(found), name) != getattr(_untrained(wanted), name) and name not in harmless:
-            raise UserError(
-                f"config.train.init_from={source} has {name}={left[name]}, but config.model.{name}={right[name]}; "
-                "make them equal"
-            )
-
-
-def _untrained(config: TransformerConfig) -> TransformerConfig:
-    """The model without the settings that say how its experts are trained, other than whether they have a bias."""
-    if config.moe is None:
-        return config
-    kept = {name: getattr(config.moe, name) for name in ("num_experts", "top_k", "mlp_dim", "normalize_top_k")}
-    return dataclasses.replace(config, moe=MoEConfig(**kept, bias_update_rate=float(config.moe.bias_update_rate > 0)))
+def _each(objective: Objective, statistics: dict[str, Any]) -> dict[str, Any]:
+    """All collections of a model's running statistics, as they are in another model."""
+    return {name: jax.tree.map(jnp.array, statistics) for name in objective.model_state()}

@@ -14,6 +14,9 @@ from ml.models import Model, init_params, logical_axes
 from ml.parallel import Rules
 from ml.train.offload import HOST, moved_to_host, on_host
 
+# Collections of `TrainState.model_state`: running statistics of batch norm, and their moving average.
+RUNNING, AVERAGED = "batch_stats", "average_batch_stats"
+
 
 @flax.struct.dataclass
 class TrainState:
