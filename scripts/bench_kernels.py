@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import app
+import result_file
 from absl import flags
 
 _USAGE = """
@@ -69,11 +70,11 @@ def main() -> None:
             continue
         document["cases"].append(run(case, platform, device.device_kind, measured, args.peers, args.rounds))
         print(results.line(document["cases"][-1]), flush=True)
-        results.write(path, document)
+        result_file.write(path, document)
     if skipped:
         document["not_measured_for_want_of_time"] = skipped
         print(f"not measured for want of time: {', '.join(skipped)}")
-    results.write(path, document)
+    result_file.write(path, document)
     print(f"written to {path}")
     failed = [case["name"] for case in document["cases"] if "error" in case]
     if failed:
@@ -153,7 +154,7 @@ def _hazard(platform: str, output: Path) -> None:
     kind = jax.devices()[0].device_kind
     document = {"versions": versions(), "device": kind, "ptxas": found, "wrong_elements": wrong}
     path = output / results.folder_of(kind) / "ptxas_hazard.json"
-    results.write(path, document)
+    result_file.write(path, document)
     print(f"wrong elements: {wrong}; written to {path}")
     if wrong:
         raise UserError(

@@ -1,6 +1,5 @@
 """Measures how long users wait for the first token, and between two, while requests come at random times."""
 
-import json
 import statistics
 import sys
 import time
@@ -10,6 +9,7 @@ from typing import Any
 import app
 import machine
 import numpy as np
+import result_file
 from absl import flags
 
 _USAGE = """
@@ -72,8 +72,7 @@ def main() -> None:
         "results": results,
     }
     path = Path(args.output) / "bench_latency.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    result_file.write(path, document)
     print(f"written to {path}")
 
 

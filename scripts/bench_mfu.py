@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import app
+import result_file
 from absl import flags
 
 _USAGE = """
@@ -144,8 +145,7 @@ def main() -> None:
         document |= common
         results.append({"setting": dataclasses.asdict(setting)} | result)
         print(_line(setting, result), flush=True)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(document | {"results": results}, indent=1) + "\n")
+        result_file.write(output, document | {"results": results})
     print(f"written to {output}")
     if all("error" in result for result in results):
         raise UserError(f"no setting worked; the first said: {results[0]['error']}")

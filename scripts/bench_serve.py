@@ -1,6 +1,5 @@
 """Measures the serving engine against other ways to do the same job, taking turns."""
 
-import json
 import os
 import statistics
 import sys
@@ -10,6 +9,7 @@ from typing import Any
 
 import app
 import machine
+import result_file
 from absl import flags
 
 _USAGE = """
@@ -82,8 +82,7 @@ def main() -> None:
         "results": results,
     }
     path = Path(args.output) / f"bench_serve_{args.job}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    result_file.write(path, document)
     for name, result in results.items():
         if "error" in result:
             print(f"{name:<34} {result['error'][:100]}")

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import app
 import machine
+import result_file
 from absl import flags
 
 _USAGE = """
@@ -98,8 +99,7 @@ def main() -> None:
         "results": results,
     }
     output = Path(args.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(document, indent=1) + "\n")
+    result_file.write(output, document)
     print(f"written to {output}")
 
 

@@ -32,8 +32,8 @@ def main() -> None:
     import jax
 
     jax.config.update("jax_platforms", "cpu")
-    from kernel_bench.results import write
     from machine import versions
+    from result_file import write
 
     from pallas_kernels.absent import TARGETS, reports
     from pallas_kernels.cases import all_cases

@@ -8,7 +8,7 @@ are not the paper's, which we do not have: tune them.
 Command:  python scripts/preflight.py --config=configs/basic/basic_65k.py --topology=v5p:8x8x8
           python scripts/train.py --config=configs/basic/basic_65k.py --workdir=runs/basic_65k \\
               --config.data.path='pairs/*.tar' --config.data.tokenizer.path=tokenizer.json
-Hardware: v5p:8x8x8 (512 chips).
+Hardware: v5p:8x8x8 (512 chips): see docs/results/preflight_basic_65k_v5p_8x8x8.json.
 Time:     not measured.
 Expect:   85.7% zero-shot top-1 on ImageNet, by the paper, after 6.6 billion pairs and its other stages; not measured.
 """

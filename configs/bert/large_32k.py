@@ -3,7 +3,8 @@
 Command:  python scripts/train.py --config=configs/bert/large_32k.py --workdir=runs/large_32k_128 \\
               --config.data.sources='[{"kind": "array_record", "path": "gs://.../*.array_record"}]'
           python scripts/train.py --config=configs/bert/large_32k.py:runs/large_32k_128 --workdir=runs/large_32k_512 ...
-Hardware: 8 devices of 80 GB; more devices: divide train.microbatches by as much.
+Hardware: 8 devices of 80 GB; more devices: divide train.microbatches by as much. 512 TPU v5p (v5p:8x8x8) with
+          train.microbatches=1: see docs/results/preflight_bert_large_32k_v5p_8x8x8.json.
 Time:     not measured.
 Expect:   SQuAD 1.1 F1 of 91.475 after fine-tuning, by the paper (You et al. 2020, table 1); not measured here.
 """

@@ -1,6 +1,5 @@
 """The report of a run: measured times against bounds, as JSON in docs/results and as lines on the terminal."""
 
-import json
 import re
 import shlex
 import sys
@@ -70,14 +69,6 @@ def line(result: dict[str, Any]) -> str:
     text = f"{result['name']:<36}{_time(first['seconds'])} {bound:<24}"
     ratios = [f"{name} {times['seconds'] / first['seconds']:.2f}x" for name, times in others]
     return text + ("  times ours: " + ", ".join(ratios) if ratios else "")
-
-
-def write(path: Path, document: dict[str, Any]) -> None:
-    """Writes the whole report anew."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    whole = path.with_suffix(".tmp")
-    whole.write_text(json.dumps(document, indent=1) + "\n")
-    whole.replace(path)
 
 
 def _time(seconds: float) -> str:
