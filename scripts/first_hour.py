@@ -16,9 +16,10 @@ import app
 from absl import flags
 
 _USAGE = """
-Plays the first hour, each step with its command and its time: train on your own text, stop, resume, compare, export to
-Hugging Face's format, serve, ask with the openai client and in the terminal, answer a batch offline, preflight a pod
-job, put a paper's claim to the test. Serves the quickstart's model where there is one.
+Plays the first hour, each step with its command and its time: train on your own text, stop, resume, measure, compare,
+let it write, export to Hugging Face's format, serve, ask with the openai client and in the terminal, answer a batch
+offline, preflight and plan a pod job, ask for a batch size, put a paper's claim to the test. Serves the quickstart's
+model where there is one.
 
   make first-hour
 """
@@ -159,6 +160,13 @@ def resume(hour: Hour, run: Path) -> str:
     return f"{going_on[0]}; loss {rows[0]['loss']:.2f} -> {rows[-1]['loss']:.2f}; {run / 'report.html'}"
 
 
+def measure(hour: Hour, run: Path) -> str:
+    """The held-out loss of the checkpoint."""
+    measured = json.loads(hour.run("scripts/evaluate.py", f"--model={run}").splitlines()[-1])  # notes come first
+    check(0 < measured["bits_per_byte"] < 8, f"bytes cannot cost that many bits: {measured}")
+    return f"{measured['bits_per_byte']:.2f} bits per byte of held-out text"
+
+
 def serve(hour: Hour, exported: Path) -> tuple[subprocess.Popen[str], str]:
     """Starts the server and waits until it listens; returns its process and address."""
     # Without --nowarm_up it would compile for many users at once before the first request comes.
@@ -219,6 +227,14 @@ def preflight(hour: Hour, topology: str) -> str:
     return f"fits: {needed:.1f} of {available:.1f} GiB on each of {report['devices']} x {report['device_kind']}"
 
 
+def as_told(hour: Hour, script: str) -> str:
+    """The README's own command of a script, to the letter; returns the last line that it prints."""
+    told = next(
+        line for line in (_ROOT / "README.md").read_text().splitlines() if line.startswith(f"python scripts/{script}")
+    )
+    return hour.run(*shlex.split(told, comments=True)[1:]).strip().splitlines()[-1]
+
+
 def reproduce(hour: Hour, study: str) -> str:
     """Puts one paper's claim to the test."""
     output, table = hour.folder / "studies", hour.folder / "papers.md"
@@ -253,8 +269,11 @@ def play(folder: Path, model: Path, study: str, topology: str) -> None:
         check((exported / "model.safetensors").is_file(), "there is no model.safetensors")
         return ", ".join(sorted(path.name for path in exported.iterdir()))
 
+    hour.step("Measure it on what it has not seen", lambda: measure(hour, run))
     hour.step("Look at the run" if len(runs) == 1 else "Compare it with the quickstart", compare)
     hour.step("Export to Hugging Face's format", export)
+    told = (f"--model={exported}", f"--prompt={_QUESTION}", "--max_tokens=16")
+    hour.step("Let it write", lambda: repr(hour.run("scripts/generate.py", *told)))
     server: list[tuple[subprocess.Popen[str], str]] = []
 
     def listen() -> str:
@@ -283,6 +302,8 @@ def play(folder: Path, model: Path, study: str, topology: str) -> None:
                 process.wait()
     hour.step("Answer a batch offline", lambda: answer_batch(hour, exported))
     hour.step("Preflight a pod job", lambda: preflight(hour, topology))
+    hour.step("Ask for the best layout", lambda: as_told(hour, "plan.py"))
+    hour.step("Ask how large a batch", lambda: as_told(hour, "advise.py"))
     hour.step("Put a paper's claim to the test", lambda: reproduce(hour, study))
     print(f"\nthe first hour, in {hour.seconds:.0f} s; everything lies in {folder}")
 

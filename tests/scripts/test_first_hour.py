@@ -33,3 +33,11 @@ def test_a_run_that_does_not_resume_is_a_failure(script, tmp_path, monkeypatch):
     monkeypatch.setattr(hour, "run", lambda *_, **__: "step 1/100")
     with pytest.raises(script.StepFailed, match="did not resume"):
         script.resume(hour, tmp_path)
+
+
+def test_every_script_of_the_readme_is_played(script):
+    text = (ROOT / "README.md").read_text()
+    told = set(re.findall(r"^python scripts/(\w+\.py)", text, flags=re.MULTILINE))
+    source = (ROOT / "scripts/first_hour.py").read_text()
+    played = set(re.findall(r"scripts/(\w+\.py)\"", source)) | set(re.findall(r'as_told\(hour, "(\w+\.py)"\)', source))
+    assert len(told) > 8 and told <= played
