@@ -3,8 +3,10 @@
 McCandlish et al. 2018: the simple noise scale, ``tr(Sigma) / |G|^2``, predicts the batch size at which a run needs
 twice the fewest steps and twice the fewest examples for a loss. The sweep finds that batch from steps to the loss at
 many batch sizes, each at the best of several learning rates; the estimate takes one run (`ml.train.noise_scale`). The
-noise scale grows while the loss falls, and the steps to a loss depend on all of it on the way there: compared is its
-mean over the steps of a run at a large batch. The one at the loss itself is kept beside it: it is larger.
+noise scale grows while the loss falls, and the steps to a loss depend on all of it on the way there: compared is that
+of all steps of a run at a large batch, their mean ``tr(Sigma)`` over their mean ``|G|^2`` (as in
+`ml.train.noise_scale.SmoothedNoiseScale`: a mean of ratios would be that of a denominator that may come close to zero).
+The one at the loss itself is kept beside it: it is larger.
 """
 
 import dataclasses
@@ -91,7 +93,7 @@ class Found:
     Attributes:
       steps: to the target, by batch size in rows, one for each seed.
       rates: the best for each batch size, of those that were tried.
-      noise: the noise scale in tokens, mean over the steps to the target, one for each seed.
+      noise: the noise scale in tokens, of all steps to the target, one for each seed.
       noise_at_target: around the target alone.
     """
 
@@ -133,10 +135,10 @@ def measure(setting: Setting) -> Found:
         stage = Stage(rows[: size * sizes[size]], size)
         curve = _curve(setting, stage, microbatches=setting.probe_parts, noise_scale=True)
         for metrics in pool.map(curve, [rates[size]] * len(setting.seeds), setting.seeds):
-            scale = smoothed(metrics["noise_variance"]) / smoothed(metrics["noise_signal"])
-            reached = round(min(steps_to(metrics["loss"], setting.target), len(scale)))
-            noise.append(float(scale[:reached].mean()))
-            at_target.append(float(scale[reached - 1]))
+            variance, signal = metrics["noise_variance"], metrics["noise_signal"]
+            reached = round(min(steps_to(metrics["loss"], setting.target), len(signal)))
+            noise.append(float(variance[:reached].sum() / signal[:reached].sum()))
+            at_target.append(float((smoothed(variance) / smoothed(signal))[reached - 1]))
         progress.update(len(sizes) + 1, loss=setting.target, tokens=0)
     return Found(steps, rates, tuple(noise), tuple(at_target))
 
@@ -187,8 +189,9 @@ def _setup(setting: Setting, at_target: float) -> str:
         f"library's source until its smoothed training loss (a single pass) is {setting.target} nats per byte: "
         f"{setting.optimizer} at a constant rate, tuned for each batch in steps of two with another seed, at batches "
         f"of {sizes} tokens. The sweep's critical batch is that of steps = fewest * (1 + critical / batch); the noise "
-        f"scale is the mean over the steps to that loss, at {setting.probe_batch * length:,} tokens in "
-        f"{setting.probe_parts} microbatches (at the loss itself it is {at_target:,.0f}). Holds if the means over "
+        f"scale is that of all steps to that loss (mean variance over mean squared gradient), at "
+        f"{setting.probe_batch * length:,} tokens in {setting.probe_parts} microbatches (at the loss itself it is "
+        f"{at_target:,.0f}). Holds if the means over "
         "seeds agree within a factor of 2."
     )
 
