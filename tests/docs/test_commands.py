@@ -140,7 +140,16 @@ def test_extras_exist(page):
 def test_every_script_and_target_is_told_of():
     """A script or a target that no page names is one that nobody finds."""
     text = "\n".join(page.read_text() for page in PAGES)
-    helpers = {"app.py", "config_flag.py", "compiled.py", "machine.py", "setup_env.py", "job.py", "tpu_types.py"}
+    helpers = {
+        "app.py",
+        "config_flag.py",
+        "compiled.py",
+        "machine.py",
+        "result_file.py",
+        "setup_env.py",
+        "job.py",
+        "tpu_types.py",
+    }
     for script in [*(ROOT / "scripts").glob("*.py"), *(ROOT / "scripts/launch").glob("*.py")]:
         names = {script.name, script.stem, f"make {script.stem.replace('_', '-')}"}
         assert script.name in helpers or any(name in text for name in names), script
