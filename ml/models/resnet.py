@@ -45,14 +45,62 @@ class Conv(nn.Module):
     def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch h w features"]:
         """Convolves in ``x``'s dtype; the image shrinks by the stride alone."""
         shape = (self.window, self.window, x.shape[-1], self.features)
-        kernel = materialize(weight(self, "kernel", _KERNEL_INIT, shape, _KERNEL_AXES))
-        return jax.lax.conv_general_dilated(
-            x,
-            kernel.astype(x.dtype),
-            window_strides=(self.stride, self.stride),
-            padding=[(self.window // 2, self.window // 2)] * 2,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
+        return convolve(self.stride, x, materialize(weight(self, "kernel", _KERNEL_INIT, shape, _KERNEL_AXES)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def convolve(
+    stride: int,
+    x: Float[Array, "batch height width channels"],
+    kernel: Float[Array, "window window channels features"],
+) -> Float[Array, "batch h w features"]:
+    """A convolution in ``x``'s dtype whose kernel has a float32 gradient, also where ``x`` is bfloat16.
+
+    The gradient is a sum over all rows, so over replicas: it must not be rounded before it has crossed the network.
+
+    Args:
+      stride: in both directions.
+      x: padded by half a window on each side.
+      kernel: float32, of an odd window.
+    """
+    return _convolution(stride, x, kernel)
+
+
+def _convolution(stride: int, x: Array, kernel: Array) -> Array:
+    half = kernel.shape[0] // 2
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel.astype(x.dtype),
+        window_strides=(stride, stride),
+        padding=[(half, half)] * 2,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
+def _convolve_forward(stride, x, kernel):
+    return _convolution(stride, x, kernel), (x, kernel)
+
+
+def _convolve_backward(stride, kept, cotangent):
+    x, kernel = kept
+    (of_x,) = jax.vjp(lambda x: _convolution(stride, x, kernel), x)[1](cotangent)
+    window, half = kernel.shape[0], kernel.shape[0] // 2
+    # Correlates images with cotangents: rows are summed over, channels are told apart.
+    sizes = zip(x.shape[1:3], cotangent.shape[1:3], strict=True)
+    padding = [(half, window + (to - 1) * stride - size - half) for size, to in sizes]
+    of_kernel = jax.lax.conv_general_dilated(
+        x,
+        cotangent,
+        window_strides=(1, 1),
+        padding=padding,
+        rhs_dilation=(stride, stride),
+        dimension_numbers=("CHWN", "IHWO", "HWNC"),
+        preferred_element_type=jnp.float32,
+    )
+    return of_x, of_kernel.astype(kernel.dtype)
+
+
+convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
 class BatchNorm(nn.Module):

@@ -1,6 +1,7 @@
 """ResNets: published sizes and FLOPs, and logits and statistics against NumPy in float64."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from ml.models import (
     num_parameters,
     resnet_config,
 )
+from ml.models.resnet import convolve
 from ml.models.resnet_cost import convolutions, forward_flops
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -149,6 +151,27 @@ def test_computing_blocks_again_changes_no_gradient():
     assert computed["none"] == computed["dots"] < computed["full"]
     left, right = gradient("none")(params), gradient("full")(params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), left, right)
+
+
+@pytest.mark.parametrize(("stride", "window", "size"), [(1, 3, 8), (2, 3, 9), (2, 7, 16), (2, 1, 8)])
+def test_kernels_have_float32_gradients_also_of_bfloat16_images(stride, window, size):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(3, size, size + 1, 4)).astype(np.float32)
+    kernel = rng.normal(size=(window, window, 4, 5)).astype(np.float32)
+
+    def plain(x, kernel):
+        padding, names = [(window // 2,) * 2] * 2, ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=names)
+
+    def gradients(function, x):
+        y, pullback = jax.vjp(function, x, kernel)
+        return pullback(jnp.asarray(np.random.default_rng(1).normal(size=y.shape), x.dtype))
+
+    for left, right in zip(gradients(functools.partial(convolve, stride), x), gradients(plain, x), strict=True):
+        np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-4)
+    rounded = gradients(functools.partial(convolve, stride), jnp.asarray(x, jnp.bfloat16))[1]
+    np.testing.assert_allclose(rounded, right, atol=0.01 * np.abs(right).max())
+    assert (rounded != rounded.astype(jnp.bfloat16)).mean() > 0.9, "sums were rounded"
 
 
 def test_bfloat16_keeps_statistics_in_float32():
