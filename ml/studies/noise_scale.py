@@ -137,7 +137,7 @@ def measure(setting: Setting) -> Found:
         for metrics in pool.map(curve, [rates[size]] * len(setting.seeds), setting.seeds):
             variance, signal = metrics["noise_variance"], metrics["noise_signal"]
             reached = round(min(steps_to(metrics["loss"], setting.target), len(signal)))
-            noise.append(float(variance[:reached].sum() / signal[:reached].sum()))
+            noise.append(float(variance[:reached].mean()) / float(signal[:reached].mean()))
             at_target.append(float((smoothed(variance) / smoothed(signal))[reached - 1]))
         progress.update(len(sizes) + 1, loss=setting.target, tokens=0)
     return Found(steps, rates, tuple(noise), tuple(at_target))
