@@ -17,7 +17,7 @@ def found(none=0.95, noise=0.955, sequential=0.965, concurrent=0.966):
     means = {"none": none, "noise": noise, "sequential": sequential, "concurrent": concurrent}
     wobble = (0.0, 0.001, -0.001, 0.0005, -0.0005)
     accuracies = {name: tuple(mean + w for w in wobble) for name, mean in means.items()}
-    return Found(0.02, {0.02: 0.1}, accuracies["none"], accuracies, dict.fromkeys(means, 0.01))
+    return Found(0.02, {0.02: 0.1}, 0.01, accuracies["none"], accuracies, dict.fromkeys(means, 0.01))
 
 
 def test_the_claim_holds_against_clean_and_control_or_not_at_all():
