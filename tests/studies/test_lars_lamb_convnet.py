@@ -16,7 +16,7 @@ def swept(**at_last):
     """A sweep that ends at these losses."""
     losses = {
         name: {
-            size: tuple((at_last[name] if size == LAST else 0.1) + n for n in (0.0, 0.01, -0.01, 0.0))
+            size: tuple((at_last[name] if size == LAST else 0.1) + n for n in (0.0, 0.01, -0.01))
             for size in SETTING.plan.batch_sizes
         }
         for name in OPTIMIZERS
