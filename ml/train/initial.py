@@ -41,7 +41,7 @@ def initial_transformer(parts: Parts) -> Initial:
         encoder = dataclasses.replace(found.encoder, num_classes=wanted.encoder.num_classes)
         comparable = dataclasses.replace(found, encoder=encoder)
     harmless = {"init_stddev"} if wanted.position_embedding == "learned" else {"init_stddev", "max_length"}
-    _check_same(_untrained(comparable), _untrained(wanted), source, harmless)
+    _check_same(comparable, wanted, source, harmless, _untrained)
     params = load_model(source, dtype=jnp.float32, sharding=_places(found, parts))[1]
     return params if found.encoder == wanted.encoder else _with_new_heads(params, parts), None
 
@@ -83,10 +83,17 @@ def _check_tokenizer(parts: Parts) -> None:
         raise UserError(f"config.train.init_from={source} needs its own tokenizer: set config.data.tokenizer.path too")
 
 
-def _check_same(found: Any, wanted: Any, source: str, harmless: Collection[str]) -> None:
+def _check_same(
+    found: Any,
+    wanted: Any,
+    source: str,
+    harmless: Collection[str],
+    compared: Callable[[Any], Any] = lambda config: config,
+) -> None:
+    """Refuses a difference in what ``compared`` leaves of the architectures, and shows them whole."""
     left, right = to_dict(found), to_dict(wanted)
     for name in left:
-        if left[name] != right[name] and name not in harmless:
+        if getattr(compared(found), name) != getattr(compared(wanted), name) and name not in harmless:
             raise UserError(
                 f"config.train.init_from={source} has {name}={left[name]}, but config.model.{name}={right[name]}; "
                 "make them equal"
