@@ -20,8 +20,10 @@ from ml.models import ResNetConfig, TwoTowerConfig, ViTConfig, init_model_state,
 from ml.models.huggingface import save_pretrained
 from ml.optim import OptimizerConfig, ScheduleConfig
 from ml.parallel import MeshConfig
+from ml.train.conadv import ATTACKED
 from ml.train.config import EvalConfig, ExperimentConfig, TrainConfig
 from ml.train.setup import make_parts, make_state
+from ml.train.state import AVERAGED, RUNNING
 from ml.train.workdir import Workdir
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -76,7 +78,8 @@ def test_a_classifier_starts_from_another_with_its_statistics(classifier, tmp_pa
     folder, params, statistics = classifier
     state = start(RESNET, ImageDataConfig(), tmp_path, init_from=str(folder), ema=0.5, adversarial=adversarial)
     same((state.params, state.ema), (params, params))
-    assert {"batch_stats", "average_batch_stats"} < state.model_state.keys() | {adversarial}
+    attacked = {ATTACKED} if adversarial == "concurrent" else set()
+    assert state.model_state.keys() == {RUNNING, AVERAGED} | attacked
     for collection in state.model_state.values():
         same(collection, statistics)
 
