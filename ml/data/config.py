@@ -103,11 +103,16 @@ class LabelledConfig:
 
     Attributes:
       labels: the classes in order; texts with other labels are left out.
+      mask_fraction: share of a text's tokens that training reads as [MASK], others in every epoch: a small corpus is
+        then not learned by heart from a word or two of each text.
     """
 
     labels: tuple[str, ...] = ()
+    mask_fraction: float = 0.0
 
     def __post_init__(self):
+        if not 0 <= self.mask_fraction < 1:
+            raise ValueError(f"mask_fraction={self.mask_fraction} must lie in [0, 1)")
         if len(set(self.labels)) < 2 or len(set(self.labels)) < len(self.labels):
             raise ValueError(f"labels={list(self.labels)}: name two or more classes, each once")
 

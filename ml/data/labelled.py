@@ -98,23 +98,31 @@ class LabelledReader:
 
     Attributes:
       stores: of one length; together they are one long list of texts.
-      ids: of the special tokens ``cls``, ``sep`` and ``pad``.
+      ids: of the special tokens ``cls``, ``sep``, ``mask`` and ``pad``.
+      mask_fraction: share of a text's tokens that are replaced by ``mask``.
+      seed: of which these are; ``None``: none is, and beyond the last text there is padding (evaluation).
     """
 
     stores: Sequence[LabelledStore]
     ids: Mapping[str, int]
+    mask_fraction: float = 0.0
+    seed: int | None = None
 
     def __call__(self, numbers: Int[np.ndarray, "batch"]) -> Batch:
-        """The batch of these numbers, as `empty_labelled` describes it; beyond the last there is padding."""
+        """The batch of these numbers, ``text + texts * epoch``, as `empty_labelled` describes it."""
         batch = empty_labelled(len(numbers), self.stores[0].sequence_length)
         batch["tokens"][:] = self.ids["pad"]
         ends = np.cumsum([len(store) for store in self.stores])
-        owners = np.searchsorted(ends, numbers, side="right")
-        for place, (number, owner) in enumerate(zip(np.asarray(numbers).tolist(), owners.tolist(), strict=True)):
-            if owner == len(self.stores):
+        for place, number in enumerate(np.asarray(numbers).tolist()):
+            if self.seed is None and number >= ends[-1]:
                 continue
+            row = number % int(ends[-1])
+            owner = int(np.searchsorted(ends, row, side="right"))
             store = self.stores[owner]
-            text, label = store.read(number - int(ends[owner]) + len(store))
+            text, label = store.read(row - int(ends[owner]) + len(store))
+            if self.seed is not None and self.mask_fraction:
+                rng = np.random.Generator(np.random.Philox(key=[self.seed, number]))  # as in `masking.PairReader`
+                text = np.where(rng.random(len(text)) < self.mask_fraction, self.ids["mask"], text)
             size = len(text) + SPECIAL_TOKENS
             batch["tokens"][place, :size] = [self.ids["cls"], *text, self.ids["sep"]]
             batch["segment_ids"][place, :size] = 1

@@ -94,13 +94,15 @@ class PreparedText(Prepared):
 
     @property
     def drawn(self) -> Any:
-        """Pairs of sentences and their masks are."""
+        """Pairs of sentences and their masks are, and which tokens of labelled texts are hidden."""
+        if self.config.labelled is not None and self.config.labelled.mask_fraction:
+            return {"hidden": self.config.labelled.mask_fraction}
         return None if self.config.masked is None else dataclasses.asdict(self.config.masked)
 
     def reader(self, stores: Sequence[Any], seed: int | None) -> Callable[[np.ndarray], Batch]:
         """Packed rows as they are, pairs of sentences drawn by ``seed``, or labelled texts."""
         if self.config.labelled is not None:
-            return LabelledReader(stores, self.tokenizer.encoder_ids())
+            return LabelledReader(stores, self.tokenizer.encoder_ids(), self.config.labelled.mask_fraction, seed)
         if self.config.masked is None:
             return functools.partial(gather, stores)
         text = np.setdiff1d(np.arange(self.tokenizer.vocab_size), list(self.tokenizer.special_ids()))
@@ -133,9 +135,9 @@ def prepare(config: DataConfig, workdir: str | os.PathLike[str], *, where: str =
     prepared = []
     for source in sources:
         kind, store = _STORES[config.masked is not None, config.labelled is not None]
-        asked = (config.labelled,) if config.labelled else ()
         key = _key(
-            kind, source.fingerprint, tokenizer.fingerprint, config.heldout_fraction, config.sequence_length, *asked
+            *(kind, source.fingerprint, tokenizer.fingerprint, config.heldout_fraction, config.sequence_length),
+            *(config.labelled.labels if config.labelled else ()),
         )
         folder = build_once(cache / f"{kind}-{key}", _Packing(config, source, tokenizer))
         prepared.append(

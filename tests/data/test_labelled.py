@@ -1,5 +1,6 @@
 """Labelled texts: which are kept, as what, and framed how."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -57,6 +58,39 @@ def test_docstrings_are_labelled_with_their_package(tmp_path):
     ]
     (prose,) = Source(SourceConfig(kind="python_prose", path=str(tmp_path / "pack"))).documents()
     assert prose.text == "Of the module.\n\nOf f." and prose.key == "module.py"
+
+
+def test_training_hides_other_tokens_in_each_epoch_and_evaluation_hides_none(prepared):
+    hiding = dataclasses.replace(prepared.config, labelled=LabelledConfig(("warm", "cold"), mask_fraction=0.3))
+    hidden, ids = dataclasses.replace(prepared, config=hiding), prepared.tokenizer.encoder_ids()
+    stores = [source.train for source in prepared.sources]
+    texts = sum(map(len, stores))
+    plain = prepared.reader(stores, None)(np.arange(texts))
+
+    read = hidden.reader(stores, 5)
+    epochs = [read(np.arange(texts) + epoch * texts) for epoch in range(40)]
+    masked = np.stack([batch["tokens"] == ids["mask"] for batch in epochs])
+    regular = (plain["segment_ids"] == 1) & ~np.isin(plain["tokens"], [ids["cls"], ids["sep"]])
+    assert 0.27 < masked[:, regular].mean() < 0.33 and not masked[:, ~regular].any()
+    assert (masked[:, regular].mean(0) < 0.8).all() and (masked[:, regular].mean(0) > 0.02).all(), "each now and then"
+    for batch, where in zip(epochs, masked, strict=True):
+        np.testing.assert_array_equal(np.where(where, plain["tokens"], batch["tokens"]), plain["tokens"])
+        np.testing.assert_array_equal(batch["targets"], plain["targets"])
+    np.testing.assert_array_equal(hidden.reader(stores, 5)(np.arange(4))["tokens"], epochs[0]["tokens"][:4])
+    assert (hidden.reader(stores, 6)(np.arange(texts))["tokens"] != epochs[0]["tokens"]).any()
+
+    for side in ("train", "heldout"):
+        for batch in heldout_batches(hidden, global_batch_size=8, side=side):
+            assert not (batch["tokens"] == ids["mask"]).any()
+    loader = make_loader(hidden, global_batch_size=4, seed=0)
+    assert any((next(loader)["tokens"] == ids["mask"]).any() for _ in range(2))
+    loader.close()
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.0])
+def test_not_all_of_a_text_can_be_hidden(fraction):
+    with pytest.raises(ValueError, match=r"mask_fraction=.* must lie in"):
+        LabelledConfig(("warm", "cold"), mask_fraction=fraction)
 
 
 @pytest.mark.parametrize("labels", [(), ("one",), ("one", "one")])
