@@ -9,8 +9,10 @@ MAKEFLAGS += --no-print-directory
 JOBS ?= 2
 # More arguments for pytest, for example ARGS="tests/optim -k lamb" or ARGS=-x.
 ARGS ?=
-# XLA's older emitters compile for a CPU in half the time; `make test-all` takes those that users have.
+# XLA's older emitters compile for a CPU in half the time.
 QUICK_XLA := XLA_FLAGS="--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters $(XLA_FLAGS)"
+# A test's programs run for microseconds and need no costly passes; `make test-all` compiles as users do.
+QUICK_TESTS := JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(QUICK_XLA)
 # Tests that need no environment or device of their own.
 HERE := not parity and not cuda and not gpu
 SETUP := scripts/setup_env.sh
@@ -49,7 +51,7 @@ pictures: env ## make docs/pictures anew, from a quickstart that is run for it (
 	$(PY) scripts/make_pictures.py --log=runs/pictures/log --run=runs/pictures/quickstart
 
 test: lint typecheck ## lint, types and every test but the slow ones
-	$(QUICK_XLA) $(PY) $(PYTEST) -m "not slow and $(HERE)" $(ARGS)
+	$(QUICK_TESTS) $(PY) $(PYTEST) -m "not slow and $(HERE)" $(ARGS)
 
 test-all: lint typecheck env-parity env-cuda ## the same with the slow sweeps, whole on the oldest versions too (a night)
 	$(PY) $(PYTEST) -m "$(HERE)" $(ARGS)
@@ -57,10 +59,10 @@ test-all: lint typecheck env-parity env-cuda ## the same with the slow sweeps, w
 	$(CUDA_PY) $(PYTEST) -m "cuda" $(ARGS)
 
 test-parity: env-parity ## compare with torch and transformers, in an environment of its own (.venv-parity)
-	$(PARITY_PY) $(PYTEST) -m "parity" $(ARGS)
+	$(QUICK_TESTS) $(PARITY_PY) $(PYTEST) -m "parity" $(ARGS)
 
 test-oldest: env-parity ## a test of every file with the oldest supported Python and JAX (all of them: make test-all)
-	$(QUICK_XLA) $(PARITY_PY) $(PYTEST) --functions-per-file=1 -m "not slow and $(HERE)" $(ARGS)
+	$(QUICK_TESTS) $(PARITY_PY) $(PYTEST) --functions-per-file=1 -m "not slow and $(HERE)" $(ARGS)
 
 test-cuda: env-cuda ## compile the GPU kernels for an absent H200, in an environment of its own (.venv-cuda)
 	$(CUDA_PY) $(PYTEST) -m "cuda and not slow" $(ARGS)

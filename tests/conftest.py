@@ -45,6 +45,22 @@ def pytest_addoption(parser):
     )
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_pycollect_makeitem(collector, name):
+    """A function marked ``sweep("a", "b")`` is slow with all its parameter sets but those named."""
+    made = yield
+    items = [item for item in made if isinstance(item, pytest.Function)] if isinstance(made, list) else []
+    sweeps = [mark for item in items[:1] for mark in item.iter_markers("sweep")]
+    if sweeps:
+        unknown = set(sweeps[0].args) - {item.callspec.id for item in items}
+        if unknown:
+            raise collector.CollectError(f"{name} has no parameter set {sorted(unknown)}")
+        for item in items:
+            if item.callspec.id not in sweeps[0].args:
+                item.add_marker(pytest.mark.slow)
+    return made
+
+
 @pytest.hookimpl(trylast=True)  # after -m and -k have chosen
 def pytest_collection_modifyitems(config, items):
     count = config.getoption("--functions-per-file")
@@ -65,11 +81,22 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(scope="module")
 def quick_compilation():
     """Programs are compiled without LLVM's costly passes: many of them run for microseconds."""
+    yield from _optimizations_disabled(True)
+
+
+@pytest.fixture(scope="module")
+def whole_compilation():
+    """Programs are compiled as users' are, also where the command line says otherwise (`make test`)."""
+    yield from _optimizations_disabled(False)
+
+
+def _optimizations_disabled(value):
     import jax
 
-    jax.config.update("jax_disable_most_optimizations", True)
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", value)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def _uncached():
@@ -85,13 +112,13 @@ def _uncached():
 
 
 @pytest.fixture(scope="module")
-def absent_tpus():
+def absent_tpus(whole_compilation):
     """Compiling for TPUs that are not here."""
     pytest.importorskip("libtpu", reason="libtpu has no wheel for this machine")
     yield from _uncached()
 
 
 @pytest.fixture(scope="module")
-def absent_gpus():
+def absent_gpus(whole_compilation):
     """Compiling for NVIDIA GPUs that are not here (tests marked ``cuda``)."""
     yield from _uncached()

@@ -95,6 +95,7 @@ def test_reach_of_causal_attention():
     np.testing.assert_array_equal(_influence(dataclasses.replace(CONFIG, num_layers=1)), distance >= 0)
 
 
+@pytest.mark.sweep("3-6")
 @pytest.mark.parametrize(("layers", "reach"), [(1, 2), (3, 6)])
 def test_reach_of_sliding_windows_adds_up(layers, reach):
     distance = np.subtract.outer(np.arange(10), np.arange(10))

@@ -176,6 +176,9 @@ def _stacked_bytes(jaxpr, layers):
     return sum(v.aval.size * v.aval.dtype.itemsize for v in saved)
 
 
+@pytest.mark.sweep(
+    "llama-none", "gemma-none", "moe-none", "parallel-dots_no_batch", "mixed_windows-dots", "moe-dots", "llama-full"
+)
 @pytest.mark.parametrize(
     ("case", "remat"),
     [
@@ -212,6 +215,7 @@ def test_saved_activations_with_experts_spread_over_devices():
     assert predicted.saved == pytest.approx(_stacked_bytes(traced.jaxpr, layers=3) / 4, rel=0.05)
 
 
+@pytest.mark.sweep("dots")
 @pytest.mark.parametrize("remat", ["none", "dots", "dots_no_batch", "full"])
 def test_peak_activation_memory_is_within_1_5_of_what_xla_reserves(remat):
     config = dataclasses.replace(_WIDE, num_layers=4)
@@ -220,6 +224,7 @@ def test_peak_activation_memory_is_within_1_5_of_what_xla_reserves(remat):
     assert measured / 1.5 <= predicted <= 1.5 * measured
 
 
+@pytest.mark.slow
 def test_logits_dominate_a_wide_vocabulary_and_shrink_with_fewer_tokens():
     config = dataclasses.replace(_WIDE, vocab_size=4096)
     whole = activation_memory(config, batch=4, length=256, remat="full")

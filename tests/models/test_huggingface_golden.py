@@ -72,6 +72,7 @@ ABLATIONS = {
 }
 
 
+@pytest.mark.sweep("bert", "gemma2", "llama_llama3", "qwen3")
 @pytest.mark.parametrize("name", sorted(ABLATIONS))
 def test_golden_logits_depend_on_the_option(name):
     config, params, expected = load(name)

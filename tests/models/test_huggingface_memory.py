@@ -63,6 +63,7 @@ def folder(tmp_path_factory):
     return str(folder)
 
 
+@pytest.mark.slow
 def test_import_peaks_below_one_and_a_half_checkpoints(folder):
     measured = json.loads(run("load", folder))
     assert measured["size"] > 200e6
@@ -70,6 +71,7 @@ def test_import_peaks_below_one_and_a_half_checkpoints(folder):
     assert measured["growth"] < 1.5 * measured["size"]
 
 
+@pytest.mark.slow
 def test_export_needs_a_fraction_of_the_checkpoint(folder):
     measured = json.loads(run("save", folder))
     assert measured["growth"] < 0.3 * measured["size"]

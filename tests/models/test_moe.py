@@ -59,6 +59,7 @@ def _loop(params, x, moe):
     return out, share, mean
 
 
+@pytest.mark.sweep("True-2", "False-1")
 @pytest.mark.parametrize(("normalize", "top_k"), [(True, 2), (False, 2), (False, 1), (True, 4)])
 def test_equals_the_plain_loop(normalize, top_k):
     config = _config(normalize, top_k)

@@ -37,6 +37,7 @@ def _forward(config, tokens, params=None, **kwargs):
     return np.asarray(forward({"params": _params(config) if params is None else params}, tokens, **kwargs))
 
 
+@pytest.mark.sweep("windows")
 @pytest.mark.parametrize(
     "options",
     [
@@ -94,6 +95,7 @@ def _by_hand(config, params, tokens):
     return x @ params["unembed"]["kernel"]
 
 
+@pytest.mark.sweep("True")
 @pytest.mark.parametrize("parallel", [False, True])
 def test_serial_and_parallel_blocks_by_hand(parallel):
     config = dataclasses.replace(CONFIG, parallel_block=parallel)

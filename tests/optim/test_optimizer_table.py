@@ -97,6 +97,7 @@ def unstack(tree, axes):
     return {key: pair[0] for key, pair in pairs.items()}, {key: pair[1] for key, pair in pairs.items()}
 
 
+@pytest.mark.sweep("adafactor", "lamb", "muon", "sm3", "schedule_free_adamw")
 @every_optimizer
 def test_scanned_equals_unscanned(name, axes, params, gradients, trainer_for):
     scanned, _ = trainer_for(name).run(params, gradients)
@@ -132,6 +133,7 @@ def test_decreases_least_squares_from_a_warm_up_that_starts_at_zero(name, params
     assert loss(eval_params(config_for(name), state, trained)) < 0.5 * loss(params)
 
 
+@pytest.mark.sweep("adafactor", "adamw", "lamb", "muon", "mechanic_adamw", "schedule_free_adamw")
 @every_optimizer
 def test_biases_and_scales_do_not_decay(name, axes, params, gradients, trainer_for):
     gradients = [jax.tree.map(lambda g: 0.1 * g, g) for g in gradients[:3]]  # below the clipping norm
@@ -177,6 +179,7 @@ def mesh():
 MESH_AXES = {"vocab": "tensor", "embed": "data", "heads": "tensor", "expert": "tensor"}
 
 
+@pytest.mark.sweep("adafactor", "lamb", "muon", "sm3", "prodigy")
 @every_optimizer
 def test_same_update_when_sharded_and_state_keeps_its_type(name, axes, params, gradients, mesh, trainer_for):
     """Sharded over 4x2 devices with explicit axes; the state's types (sharding included) must not drift."""

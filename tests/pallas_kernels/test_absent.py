@@ -57,6 +57,7 @@ def test_a_missing_compiler_is_an_error_of_its_own(absent_tpus):
         devices("v5e", (3, 5))
 
 
+@pytest.mark.slow
 def test_tpu_kernels_are_read_and_a_case_that_fails_costs_no_other(own_cases, absent_tpus):
     names = [f"{own_cases}:{name}" for name in ("WRONG", "ABORTS", "TPU_PRODUCT")]
     wrong, aborts, product = reports("v5e", names).values()

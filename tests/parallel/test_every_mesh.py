@@ -133,6 +133,7 @@ _AS_OTHERS = {"8x1x1", "2x4x1", "zero3", "stages", "stages_long"}
 
 
 # Between them: all kinds of meshes, experts, windows that alternate, tied embeddings, learned positions, and biases.
+@pytest.mark.sweep("moe-2x2x2", "moe-experts_long", "gemma-ring", "gpt2-stages")
 @pytest.mark.parametrize(
     ("model", "mesh"),
     [("moe", mesh) for mesh in MESHES if mesh not in _AS_OTHERS]
@@ -147,6 +148,7 @@ def test_the_same_loss_and_gradient_on_every_mesh(model, mesh):
 _COPIES = {"lamb": 2, "lars": 1, "adamw": 2, "sgd": 1, "muon": 1}
 
 
+@pytest.mark.sweep("lamb-2x2x2", "muon-zero1")
 @pytest.mark.parametrize(
     ("name", "mesh"),
     [(name, "2x2x2") for name in ("lamb", "lars", "adamw", "adafactor", "muon")]

@@ -104,6 +104,9 @@ def check_same(model, degrees, run):
             assert np.abs(b).max() > 1e-3
 
 
+@pytest.mark.sweep(
+    "expert 8-2", "expert 4 tensor 2-1", "expert 2 sequence 2 tensor 2-2", "fsdp 2 sequence 2 tensor 2-1"
+)
 @pytest.mark.parametrize("top_k", [1, 2])
 @pytest.mark.parametrize("mesh", MESHES)
 def test_same_output_loss_and_gradients_on_every_mesh(mesh, top_k):
@@ -143,6 +146,7 @@ def test_the_emulation_reproduces_the_documentations_example():
     assert result.ravel().tolist() == [1, 3, 0, 0, 2, 2, 4, 0]
 
 
+@pytest.mark.sweep("expert 2 sequence 2 tensor 2")
 @pytest.mark.parametrize("mesh", ["expert 8", "expert 4 fsdp 2", "expert 2 sequence 2 tensor 2"])
 def test_the_ragged_exchange_gives_the_same(mesh, monkeypatch):
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", emulated_ragged_all_to_all)
@@ -213,6 +217,7 @@ def test_a_leaf_of_several_arrays_is_read_as_each_is_placed():
         np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
 
 
+@pytest.mark.sweep("ragged")
 @pytest.mark.parametrize("exchange", ["gather", "ragged"])
 def test_in_scanned_layers_that_are_computed_again(exchange, monkeypatch):
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", emulated_ragged_all_to_all)

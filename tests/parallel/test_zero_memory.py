@@ -54,6 +54,7 @@ def per_parameter(tree):
     return sum(map(held, jax.tree.leaves(tree))) / parameter_count(MODEL).total
 
 
+@pytest.mark.sweep("ddp", "zero2")
 @pytest.mark.parametrize("layout", IN_ALL)
 def test_what_lies_on_eight_devices(layout):
     rules, axes = Rules.make(MeshConfig(layout=layout)), logical_axes(MODEL)

@@ -19,6 +19,7 @@ MESHES = {
 }
 
 
+@pytest.mark.sweep("fsdp-lamb", "hybrid-adafactor", "zero1-adamw", "zero2-lamb", "tensor-adafactor", "ddp-adamw")
 @pytest.mark.parametrize("optimizer", ["adamw", "lamb", "adafactor"])
 @pytest.mark.parametrize("mesh", MESHES)
 def test_state_is_predicted_to_the_byte(mesh, optimizer):

@@ -45,6 +45,7 @@ def test_memory_is_what_the_layout_says_and_the_compiler_plans(report, compiled)
     assert memory.available == 15.75 * 2**30 and report.fits and report.mends == []
 
 
+@pytest.mark.slow
 def test_what_rests_on_the_host_is_not_on_the_device(report):
     offloaded = preflight(changed(CONFIG, {"train.offload_optimizer": True}), parse("v5e:2x4")).memory
     scalars = offloaded.opt_state  # they stay
@@ -112,6 +113,7 @@ def test_the_tables_say_what_is_predicted(report):
     assert report.roofline.binding in text
 
 
+@pytest.mark.slow
 def test_a_program_too_large_comes_with_its_mends(compiled, monkeypatch):
     monkeypatch.setattr(Program, "compile", lambda self: compiled)
     whole = preflight(CONFIG, parse("v5e:2x4")).memory.needed

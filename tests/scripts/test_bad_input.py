@@ -116,6 +116,7 @@ def test_a_corpus(tmp_path, name):
         assert train(config, tmp_path / "w", "--config.train.steps=1").returncode == 0
 
 
+@pytest.mark.sweep("unknown key")
 @pytest.mark.parametrize("name", ["unknown key", "mesh", "no such file"])
 def test_the_same_in_an_interpreter_of_its_own(config, tmp_path, name):
     flag, message = SETTINGS[name]
@@ -169,6 +170,7 @@ def damage(checkpoint, how):
         largest.write_bytes(content)
 
 
+@pytest.mark.sweep("one bit")
 @pytest.mark.parametrize("how", ["truncated", "one bit", "missing"])
 def test_a_damaged_checkpoint_is_passed_over(config, finished, again, how):
     damage(again / "checkpoints" / "4", how)
@@ -218,6 +220,7 @@ pathlib.Path.write_text = full
 """
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_for_the_metrics(config, tmp_path):
     message = error_of(train(config, tmp_path / "w", before=FULL))
     assert "metrics.jsonl: the disk is full; free some space and start again" in message

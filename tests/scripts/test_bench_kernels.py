@@ -80,6 +80,7 @@ def test_cases_have_names_of_their_own_and_cost_something(bench, kernel, platfor
         json.dumps(dict(case.settings))
 
 
+@pytest.mark.sweep("paged-decode_16_skewed")
 @pytest.mark.parametrize(
     ("kernel", "name"),
     [

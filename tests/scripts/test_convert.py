@@ -57,6 +57,7 @@ def test_there_and_back(workdir, tmp_path):
     assert json.loads((tmp_path / "out/config.json").read_text())["eos_token_id"] == 0
 
 
+@pytest.mark.slow
 def test_mistakes(workdir, tmp_path):
     """Each ends in one line on stderr and status 2, and leaves no file behind."""
     unsupported = tmp_path / "unsupported"

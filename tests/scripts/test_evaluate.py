@@ -72,6 +72,7 @@ def test_mistakes(trained, tmp_path, arguments, message):
     assert message in error_of(run("evaluate.py", *arguments))
 
 
+@pytest.mark.slow
 def test_a_run_that_holds_nothing_out(trained, tmp_path):
     arguments = [f"--config={trained / 'tiny.py'}", f"--workdir={tmp_path}", "--config.data.heldout_fraction=0"]
     assert run("train.py", *arguments, "--config.train.steps=1").returncode == 0

@@ -105,6 +105,7 @@ def test_a_killed_job_goes_on_and_ends_as_if_nothing_had_been(root, before):
     assert _texts(output) == _texts(root / "whole.jsonl")
 
 
+@pytest.mark.sweep("scripted-15")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_job_says_how_to_go_on(root, before, number):
     output = root / f"interrupted_{number}.jsonl"

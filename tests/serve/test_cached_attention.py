@@ -104,6 +104,7 @@ def _cached(name, tokens, chunk=1, **options):
     return np.concatenate(out, axis=1)
 
 
+@pytest.mark.sweep("softcap_and_experts")
 @pytest.mark.parametrize(
     "name",
     [
@@ -172,6 +173,7 @@ def test_sharing_a_prefix_gives_the_logits_of_the_whole_forward(name):
     np.testing.assert_allclose(*check(lengths + 1, np.array([0, 1, 3, 3, 6, 7], np.int32)), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_wrong_page_in_the_shared_run_moves_the_logits():
     """The test above can fail."""
     name = "grouped"

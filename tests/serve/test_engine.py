@@ -70,6 +70,7 @@ def test_stop_tokens_end_a_text_and_are_left_out():
     assert (none.tokens, none.finish_reason) == ([], "stop")
 
 
+@pytest.mark.sweep("4", "5")
 @pytest.mark.parametrize("max_tokens", [1, 4, 5, 6])
 def test_max_tokens_around_a_dispatch(max_tokens):
     given = prompts()[:2]

@@ -77,6 +77,7 @@ def test_an_attack_is_a_step_along_the_sign_within_the_pixels():
     assert after > before + 0.1
 
 
+@pytest.mark.slow
 def test_sequential_attacks_go_by_the_weights_that_are_trained():
     step, state = setting(adversarial="sequential", adversarial_step=STEP)
     batch = cut(image_batch(), 1)

@@ -55,6 +55,7 @@ def test_the_update_is_the_gradient_of_the_smoothed_cross_entropy():
     assert metrics["tokens"] == ROWS and metrics["broken"] == 0
 
 
+@pytest.mark.sweep("True")
 @pytest.mark.parametrize("averaged", [True, False])
 def test_running_statistics_take_in_a_step_once(averaged):
     """However many microbatches; and their average follows them as that of the parameters follows these."""

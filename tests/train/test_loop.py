@@ -124,6 +124,7 @@ def test_a_loss_that_explodes(train, tmp_path):
     assert result.step == 4
 
 
+@pytest.mark.slow
 def test_evaluation_and_saving_are_left_out_of_the_time(train, monkeypatch):
     train(train__steps=1)
     clock, place, save = [0.0], loop.place_batch, loop.Checkpointer.save
@@ -145,6 +146,7 @@ def test_evaluation_and_saving_are_left_out_of_the_time(train, monkeypatch):
     assert result.session_tokens == sum(row["tokens"] for row in rows(result)[3:])
 
 
+@pytest.mark.slow
 def test_without_held_out_text_there_is_no_evaluation(train):
     result = train(data__heldout_fraction=0.0, eval__every=2)
     assert result.heldout is None

@@ -46,6 +46,7 @@ def plain(head, hidden, targets, mask, z_loss):
     return -(picked * mask).sum() + z_loss * (log_z**2 * mask).sum()
 
 
+@pytest.mark.sweep("0.0-5", "0.1-1", "0.0-100")
 @pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("z_loss", [0.0, 0.1])
 def test_equals_float64(case, chunk, z_loss):
@@ -54,6 +55,7 @@ def test_equals_float64(case, chunk, z_loss):
     np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
+@pytest.mark.sweep("0.0-1", "0.1-5")
 @pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("z_loss", [0.0, 0.1])
 def test_gradients_equal_plain_autodiff(case, chunk, z_loss):
@@ -107,6 +109,7 @@ def test_bfloat16_hidden_states_are_summed_in_float32(case):
     np.testing.assert_allclose(got[0], 64 * expected[0], rtol=2e-3)
 
 
+@pytest.mark.sweep("2x2x2-5", "sequence4-0")
 @pytest.mark.parametrize("chunk", [0, 5])
 @pytest.mark.parametrize(
     "mesh",

@@ -110,6 +110,7 @@ def check(metrics, parts_of):
     np.testing.assert_allclose(metrics["noise_signal"], signal, atol=1e-3 * scale)
 
 
+@pytest.mark.slow
 def test_microbatches_of_unequal_counts_on_one_device_and_an_unchanged_update():
     counts = row_gradients()[1].reshape(4, -1).sum(1)
     assert counts.max() > 2 * counts.min()

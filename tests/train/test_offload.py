@@ -56,6 +56,7 @@ def test_the_optimizer_state_rests_on_the_host_and_nothing_else_changes():
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_comes_back_to_where_the_state_rests(tmp_path):
     corpus = write_corpus(tmp_path / "corpus.jsonl")
     change = {"train__microbatches": 1, "train__steps": 4, "schedule__kind": "constant"}
@@ -68,6 +69,7 @@ def test_a_checkpoint_comes_back_to_where_the_state_rests(tmp_path):
     assert result.heldout.per_token == pytest.approx(straight.heldout.per_token, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_activations_in_host_memory_change_no_gradient():
     batch = {name: jnp.asarray(x) for name, x in ragged_batch(4, LENGTH).items()}
 

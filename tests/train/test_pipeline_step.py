@@ -103,6 +103,7 @@ def gradients(case, **changes):
     return got, sequential(config, microbatches)
 
 
+@pytest.mark.sweep("moe, fsdp and tensor, two chunks")
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_the_gradient_is_that_of_the_whole_model(case):
     # With biases an idle stage's zeros do not stay zero.
@@ -144,6 +145,7 @@ def test_the_loss_alone_for_any_number_of_microbatches():
             np.testing.assert_allclose(metrics[name], expected[name], rtol=RELATIVE, err_msg=name)
 
 
+@pytest.mark.slow
 def test_shards_receive_the_gradient_of_whole_copies():
     config, mesh = model_config("tied", 4), MeshConfig(data=2, stage=2, layout="zero2")
     rules, model, params, batch = on_mesh(config, mesh, 2)
@@ -209,6 +211,7 @@ def planned(kind, microbatches):
     return compiled.memory_analysis().temp_size_in_bytes / hidden, len(lowered.as_text())
 
 
+@pytest.mark.slow
 def test_memory_is_flat_in_the_number_of_microbatches_with_1f1b_alone():
     (few, size), (many, same_size) = planned("1f1b", 4), planned("1f1b", 16)
     assert many - few < 0.5, "in units of one hidden state of a microbatch"

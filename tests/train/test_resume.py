@@ -129,6 +129,7 @@ def test_kill_9_at_many_random_moments(config, undisturbed, tmp_path, seed):
     assert_same(outcome(tmp_path / "w"), undisturbed)
 
 
+@pytest.mark.sweep("2-130")
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_a_polite_signal_saves_and_the_next_start_goes_on(config, undisturbed, tmp_path, number, status):
     workdir = tmp_path / "w"
@@ -143,6 +144,7 @@ def test_a_polite_signal_saves_and_the_next_start_goes_on(config, undisturbed, t
     assert_same(outcome(workdir), undisturbed)
 
 
+@pytest.mark.slow
 def test_a_longer_run_is_a_shorter_one_continued(config, undisturbed, tmp_path):
     for steps in (STEPS // 2, STEPS):
         done = run(*arguments(config, tmp_path / "w", f"--config.train.steps={steps}"))

@@ -87,6 +87,7 @@ def plain_loss(model, config, params, batch):
     return jnp.sum((nll + config.z_loss * log_z**2 + weight * stats.balance) * mask)
 
 
+@pytest.mark.sweep("moe")
 @pytest.mark.parametrize("name", ["moe", "gemma", "gpt2"])
 def test_the_update_is_the_gradient_of_the_textbook_loss_per_token(name):
     step, state = setting(MODELS[name], z_loss=0.05, loss_chunk=5, microbatches=2)

@@ -87,6 +87,7 @@ def test_the_bias_follows_the_load_of_the_whole_batch_and_a_skipped_step_leaves_
     np.testing.assert_array_equal(skipped.params["layers"]["moe"]["router"]["bias"], bias)
 
 
+@pytest.mark.sweep("hybrid-options1", "zero3-options5")
 @pytest.mark.parametrize(
     ("mesh", "options"),
     [

@@ -91,6 +91,7 @@ def _loss(model):
     return loss
 
 
+@pytest.mark.sweep("none-experts", "full-dense")
 @pytest.mark.parametrize("config", [CONFIG, EXPERTS], ids=["dense", "experts"])
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_typed_leaves_give_the_logits_of_the_dense_weights(config, remat):
@@ -102,6 +103,7 @@ def test_typed_leaves_give_the_logits_of_the_dense_weights(config, remat):
     np.testing.assert_allclose(logits, expected, atol=1e-5)
 
 
+@pytest.mark.sweep("full")
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_gradient_reaches_the_arrays_inside_a_leaf(remat):
     model = Transformer(CONFIG, remat=remat)

@@ -49,6 +49,7 @@ SLOW = {
 }
 
 
+@pytest.mark.sweep("float32 out, capped")
 @interpreted
 @pytest.mark.parametrize("name", SHAPES)
 def test_kernels_give_what_the_formula_gives(name):

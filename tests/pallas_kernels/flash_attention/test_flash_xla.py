@@ -70,6 +70,9 @@ def distance(got, expected):
     return max(np.abs(a - b).max() / np.abs(b).max() for a, b in zip(got, expected, strict=True))
 
 
+@pytest.mark.sweep(
+    "unrolled-fewer_keys", "unrolled-softcap", "loops-fewer_queries", "loops-wide", "traced-softcap", "traced-one_query"
+)
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("kind", ["unrolled", "loops", "traced"])
 def test_equals_float64_and_the_gradient_of_the_formula(name, kind):
@@ -95,6 +98,7 @@ def test_one_mask_for_all_of_a_batch(config):
         )
 
 
+@pytest.mark.sweep("mask-unrolled", "scale-loops", "lse_gradient-loops", "delta-unrolled")
 @CONFIGS
 @pytest.mark.parametrize("mutant", ["mask", "scale", "lse_gradient", "delta"])
 def test_mistakes_are_noticed(monkeypatch, config, mutant):

@@ -44,6 +44,7 @@ def _gradients(implementation, inputs, ids, options):
     return out, *gradients
 
 
+@pytest.mark.sweep("segments", "window_scale")
 @pytest.mark.parametrize("name", CASES)
 def test_equals_the_reference_with_gradients(name):
     for ours, reference in zip(_gradients("splash", *_case(name)), _gradients("reference", *_case(name)), strict=True):
@@ -51,6 +52,7 @@ def test_equals_the_reference_with_gradients(name):
         np.testing.assert_allclose(ours, reference, atol=2e-5 * np.abs(reference).max())
 
 
+@pytest.mark.slow
 def test_each_device_attends_with_its_own_rows_and_heads():
     inputs, ids, options = _case("segments")
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Explicit,) * 3)

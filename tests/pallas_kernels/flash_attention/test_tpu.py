@@ -81,6 +81,7 @@ def errors(q, k, v, config=SMALL, **options):
 SEGMENTS = np.array([[0] * 100 + [1] * 200 + [2] * 84, [5] * 384])
 
 
+@pytest.mark.sweep("shape1-options1-config1", "shape9-options9-config9")
 @pytest.mark.parametrize(
     ("shape", "options", "config"),
     [
@@ -102,12 +103,14 @@ def test_outputs_and_gradients_are_the_reference_s(shape, options, config):
     assert max(errors(*operands(*shape), config, **options)) < 1e-5
 
 
+@pytest.mark.sweep("config0")
 @pytest.mark.parametrize("config", [SMALL, SPLIT])
 def test_bfloat16_is_within_its_rounding(config):
     # Operands are rounded to 2**-9, and so are the weights, the scaled queries and the results.
     assert max(errors(*operands(4, 2, 64, 300, 300, jnp.bfloat16), config, softcap=20.0)) < 1e-2
 
 
+@pytest.mark.slow
 def test_a_part_of_the_keys_and_results_of_another_type():
     """As a step of ring attention has it: probabilities are those of all keys, sums are kept in float32."""
     q, k, v = operands(2, 1, 64, 130, 256, jnp.bfloat16)
@@ -140,6 +143,7 @@ def test_within_vmap_remat_and_scan():
     np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
 
 
+@pytest.mark.slow
 def test_entries_that_are_too_many_for_scalar_memory_go_in_parts(monkeypatch):
     q, k, v = operands(1, 1, 64, 130, 300, batch=3)
     options = {"intervals": jnp.asarray(ragged(130, 300, batch=3))}
@@ -191,6 +195,7 @@ def one_tile_off(*arguments, right=tpu_tiles.visits):
     return [jnp.roll(x, 1, axis=2) for x in right(*arguments)]
 
 
+@pytest.mark.sweep("no mask", "tiles off by one")
 @pytest.mark.parametrize(
     ("module", "name", "mutant"),
     [

@@ -137,6 +137,7 @@ def check(case, config=SMALL, **options):
     agree(case.run("gpu", config=config, **options), wanted)
 
 
+@pytest.mark.sweep("interpreter-bf16", "interpreter-int8")
 @pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize(
     ("config", "sizes", "options"),
@@ -163,6 +164,7 @@ def test_decodes(config, sizes, options):
     check(make(**sizes), config, **options)
 
 
+@pytest.mark.sweep("interpreter-mixed")
 @pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize(
     ("sizes", "options"),
@@ -187,6 +189,7 @@ def test_prefills_and_decodes(sizes, options):
     check(make(**sizes), **options)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("machine")
 def test_nodes_of_a_prefix_tree():
     """Many rows against a shared run of tokens, and every row's own tokens, in one call; rows out of order."""
@@ -227,6 +230,7 @@ def test_nodes_of_a_prefix_tree():
     agree(got, [x[written] for x in run("reference", query.astype(jnp.float32))])
 
 
+@pytest.mark.sweep("interpreter-True")
 @pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize("invariant", [False, True])
 def test_shared_prefixes(invariant):

@@ -33,6 +33,7 @@ def listed(counts, begins, ends, *, rows, whole, window=None):
     return work, table, position, pieces
 
 
+@pytest.mark.sweep("0-1-split", "1-16-whole", "2-16-split")
 @pytest.mark.parametrize("whole", [False, True], ids=["split", "whole"])
 @pytest.mark.parametrize("rows", [1, 16])
 @pytest.mark.parametrize("seed", range(3))

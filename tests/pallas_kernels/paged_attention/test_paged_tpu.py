@@ -102,6 +102,7 @@ def slow(*values):  # in the interpreter; one of each kind is quick enough
 EDGES = (0, 1, 15, 16, 17, 127, 128, 129, 255, 256, 257)
 
 
+@pytest.mark.sweep("4-2-32-16-float32-float32", "2-1-256-32-int8-bfloat16")
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim", "page_size", "dtype", "query_dtype"),
     [
@@ -145,6 +146,7 @@ def ragged(lengths, counts, rows):
 LENGTHS, COUNTS, ROWS = (300, 1, 40, 0, 257, 70), (1, 1, 40, 0, 9, 2), 56
 
 
+@pytest.mark.sweep("4-2-float32-None")
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dtype", "softcap"),
     [(4, 2, "float32", None), slow(4, 4, "bfloat16", 3.0), slow(3, 1, "float32", None), (8, 4, "int8", None)],
@@ -199,6 +201,7 @@ def _ordered(query, position, batch, segments, outputs, decode, carry=None):
     return run(query, jnp.asarray(position), batch.cache, batch.table, segments, None, carry, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
 def test_order_does_not_depend_on_company_or_cuts(dtype):
     batch = batch_of(LENGTHS, dtype=dtype, width=24)

@@ -37,6 +37,7 @@ def _compile(family, model, dtype, page_size, rows=None, batch=64, **options):
     _no_copy_of_the_cache(compiled, operands)
 
 
+@pytest.mark.sweep("v5e-llama3_8b-bfloat16-16", "v6e-qwen3_0.6b-float8_e4m3fn-128")
 @pytest.mark.parametrize(
     ("family", "model", "dtype", "page_size"),
     [
@@ -70,6 +71,7 @@ def test_every_model_compiles(family, model, dtype, page_size, rows, invariant):
 CYCLES = {"v5e": 1.5e9 * 2**20 / 819e9, "v6e": 1.75e9 * 2**20 / 1640e9, "v5p": 2 * 1.75e9 * 2**20 / 2765e9}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [pytest.param("v5e"), pytest.param("v6e", marks=pytest.mark.slow)])
 def test_a_block_takes_less_time_than_it_takes_to_arrive(family):
     """By the compiler's schedule: the longest stretch between matrix products is the work on a block, masked or not."""

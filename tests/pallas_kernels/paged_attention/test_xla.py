@@ -78,6 +78,7 @@ def agree(found, expected, *, share=1e-5):
 LENGTHS = [0, 1, PAGE - 1, PAGE, PAGE + 1, 31, 32, 33, 97]
 
 
+@pytest.mark.sweep("heuristic-4-2", "heuristic-16-1", "small-4-4", "wide-4-2")
 @pytest.mark.parametrize("heads,kv_heads", [(4, 4), (4, 2), (16, 1)])
 @pytest.mark.parametrize("config", [None, SMALL, WIDE], ids=["heuristic", "small", "wide"])
 def test_decode(heads, kv_heads, config):
@@ -85,6 +86,7 @@ def test_decode(heads, kv_heads, config):
     agree(batch.attend("xla", config=config), batch.attend("reference"))
 
 
+@pytest.mark.sweep("decode-int8-1e-05", "decode-float8_e4m3fn-1e-05", "ragged-bfloat16-0.008", "ragged-int8-1e-05")
 @pytest.mark.parametrize(
     "dtype,share", [("bfloat16", 8e-3), ("float16", 1e-3), ("int8", 1e-5), ("float8_e4m3fn", 1e-5)]
 )
@@ -95,12 +97,14 @@ def test_types(dtype, share, counts):
     agree(batch.attend("xla", config=config), batch.attend("reference"), share=share)
 
 
+@pytest.mark.sweep("96-64")
 @pytest.mark.parametrize("head_dim,page", [(64, 16), (96, 64), (128, 32), (256, 128)])
 def test_shapes(head_dim, page):
     batch = Batch([1, page - 1, page + 1, 2 * page + 3], head_dim=head_dim, page=page, counts=[1, 5, 1, 7])
     agree(batch.attend("xla"), batch.attend("reference"))
 
 
+@pytest.mark.sweep("1-decode-traced", "40-ragged-static", "40-ragged-traced")
 @pytest.mark.parametrize("traced", [False, True], ids=["static", "traced"])
 @pytest.mark.parametrize("counts", [None, [0, 1, 4, 3, 9, 1, 32, 5, 20]], ids=["decode", "ragged"])
 @pytest.mark.parametrize("window", [1, 40])
@@ -121,6 +125,7 @@ def test_starts(counts, invariant):
     agree(batch.attend("xla", config=SMALL, **options), batch.attend("reference", **options))
 
 
+@pytest.mark.sweep("small-counts1")
 @pytest.mark.parametrize("counts", [[1] * 9, [0, 1, 15, 16, 17, 31, 32, 33, 97], [0, 1, 4, 3, 9, 1, 32, 5, 20]])
 @pytest.mark.parametrize("config", [SMALL], ids=["small"])
 def test_ragged(counts, config):
@@ -129,6 +134,7 @@ def test_ragged(counts, config):
     agree(batch.attend("xla", config=config), batch.attend("reference"))
 
 
+@pytest.mark.sweep("2")
 @pytest.mark.parametrize("lanes", [1, 2, 4])
 def test_skewed(lanes):
     batch = Batch([300, 3, 3, 0, 3], heads=2, kv_heads=1)
@@ -189,6 +195,7 @@ def same_bits(a, b):
     np.testing.assert_array_equal(np.asarray(a).view(np.int32), np.asarray(b).view(np.int32))
 
 
+@pytest.mark.sweep("4-2")
 @pytest.mark.parametrize("heads,kv_heads", [(4, 4), (4, 2), (8, 1)])
 def test_ordered_rows_do_not_depend_on_company(heads, kv_heads):
     """A row as a decode, alone, among others, in a prefill chunk, and in pieces: the same bits."""

@@ -84,6 +84,7 @@ def _assert_equal(alone, shared, tolerance=2e-5):
         np.testing.assert_allclose(actual[finite], expected[finite], atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.sweep("3-xla", "3-reference")
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("seed", range(4))
 def test_tree_equals_flat(seed, implementation):
@@ -99,6 +100,7 @@ def test_deep_tree(implementation):
     _assert_equal(*_both(table, lengths, implementation=implementation, plan=plan))
 
 
+@pytest.mark.sweep("{'window': 17}-xla", "{'softcap': 3.0, 'scale': 0.4}-xla")
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("options", [{}, {"window": 17}, {"softcap": 3.0, "scale": 0.4}], ids=str)
 def test_ragged_rows_and_padding(options, implementation):
@@ -112,6 +114,7 @@ def test_traced_window(implementation):
     _assert_equal(*_both(table, lengths, window=jnp.int32(30), implementation=implementation))
 
 
+@pytest.mark.sweep("int8-2e-05")
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [("bfloat16", 2e-2), ("int8", 2e-5), ("float8_e4m3fn", 2e-5)], ids=lambda x: str(x)
 )
@@ -126,6 +129,7 @@ def test_stays_right_while_sequences_grow():
     _assert_equal(*_both(table, lengths, plan=plan, implementation="xla"))
 
 
+@pytest.mark.sweep("True")
 @pytest.mark.parametrize("ragged", [False, True])
 def test_invariant_is_bitwise_the_unshared_result(ragged, implementation="xla"):
     table, lengths = _long_batch()

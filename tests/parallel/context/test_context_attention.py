@@ -80,6 +80,7 @@ def distance(results, wanted):
     return max(np.abs(a - b).max() / np.abs(b).max() for a, b in zip(results, wanted, strict=True))
 
 
+@pytest.mark.sweep("zigzag-ring8-window", "contiguous-mixed-global", "zigzag-mixed-traced")
 @pytest.mark.parametrize(
     ("order", "mesh", "name"),
     [
@@ -98,6 +99,7 @@ def test_ring_equals_the_reference(order, mesh, name):
     assert distance(got(RingAttention, order, mesh, name, 4), expected(name, 4)) < 1e-5
 
 
+@pytest.mark.sweep("zigzag-ring8-window", "contiguous-ring8-causal")
 @pytest.mark.parametrize(
     ("order", "mesh", "name"),
     [

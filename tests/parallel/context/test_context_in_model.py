@@ -49,6 +49,7 @@ def on_one_device(name):
     return loss_and_gradient(name, MeshConfig(1), "contiguous", attend, "none")
 
 
+@pytest.mark.sweep("mixed")
 @pytest.mark.parametrize(
     ("name", "mesh", "strategy", "order"),
     [
@@ -72,6 +73,7 @@ def test_a_model_has_the_gradient_of_one_device(name, mesh, strategy, order):
     jax.tree.map(close, gradient, wanted)
 
 
+@pytest.mark.sweep("None-RingAttention", "None-UlyssesAttention")
 @pytest.mark.parametrize("strategy", [RingAttention, UlyssesAttention])
 @pytest.mark.parametrize("policy", [None, "nothing_saveable", "checkpoint_dots"])
 def test_inside_a_pipeline_of_scanned_layers(strategy, policy):

@@ -124,6 +124,7 @@ def test_two_processes_train_as_one_does(config, alone, tmp_path):
     assert_same_course(tmp_path / "w", alone)
 
 
+@pytest.mark.slow
 def test_sharded_parameters_span_the_processes_and_one_process_goes_on(config, alone, tmp_path):
     run_pair(config, tmp_path / "w", "--config.train.steps=3", "--config.mesh.data=1", "--config.mesh.fsdp=8")
     one = run(*arguments(config, tmp_path / "w"), before=EIGHT_DEVICES)
@@ -142,6 +143,7 @@ health.WatchedProcess.attend = lambda self: time.sleep(0.5) or attend(self)
 """
 
 
+@pytest.mark.sweep("1-9-died")
 @pytest.mark.parametrize(
     ("victim", "number", "how"),
     [
@@ -166,6 +168,7 @@ def test_a_lost_process_is_named_by_the_other(config, tmp_path, victim, number, 
     assert "Traceback" not in other.stderr and "Check failure" not in other.stderr
 
 
+@pytest.mark.slow
 def test_a_mistake_of_one_ends_both_and_is_told_by_both(config, tmp_path):
     """Process 1 alone cannot read its data."""
     fails = """
@@ -203,6 +206,7 @@ ml.train.workdir.Workdir.__init__ = init
         assert "is not the same folder on all machines: process 1 does not see what process 0" in one.stderr
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_stops_both_after_the_same_step(config, alone, tmp_path):
     with pair(config, tmp_path / "w", before=SLOWLY) as running:
         running[0].wait_until(lambda: len(rows(tmp_path / "w")) >= 2)
