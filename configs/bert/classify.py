@@ -34,29 +34,30 @@ def get_config(arg: str = "") -> ConfigDict:
     model = load_model_config(arg)
     if model.encoder is None:
         raise UserError(f"--config=configs/bert/classify.py:{arg}: is a decoder; give an encoder (BERT)")
+    small = model.embed_dim < 512
     encoder = EncoderConfig(model.encoder.token_types, num_classes=len(PACKAGES))
     data = DataConfig(
         sources=(SourceConfig(kind="python_docstrings"),),
         tokenizer=TokenizerConfig(path=arg),
-        sequence_length=min(model.max_length, 128),
+        sequence_length=min(model.max_length, 64 if small else 128),
         heldout_fraction=0.2,
-        labelled=LabelledConfig(PACKAGES),
+        labelled=LabelledConfig(PACKAGES, mask_fraction=0.5 if small else 0.0),
     )
     config = base(dataclasses.replace(model, encoder=encoder), data)
     config.train.init_from = arg
 
     config.optimizer.name = "adamw"
-    config.optimizer.learning_rate = 1e-3 if model.embed_dim < 512 else 5e-5  # the paper's, appendix A.3
+    config.optimizer.learning_rate = 1e-3 if small else 5e-5  # the paper's, appendix A.3
     config.optimizer.weight_decay = 0.01
     config.optimizer.clip_norm = 1.0
     config.schedule.kind = "linear"
     config.schedule.warmup_fraction = 0.1
 
-    config.train.steps = 600
+    config.train.steps = 2400 if small else 600
     config.train.batch_size = 32
     config.train.remat = "none"
-    config.eval.every = 100
+    config.eval.every = config.train.steps // 6
     config.eval.batches = 1000
     config.eval.batch_size = 64
-    config.checkpoint.every = 300
+    config.checkpoint.every = config.train.steps // 6
     return config
