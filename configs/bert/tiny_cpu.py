@@ -1,4 +1,4 @@
-"""A two-layer BERT on the docstrings and comments of Python's standard library, in two stages as BERT's authors have it.
+"""A two-layer BERT on the docstrings and comments of Python's standard library, in two stages as in the paper.
 
 Command:  python scripts/train.py --config=configs/bert/tiny_cpu.py --workdir=runs/bert_tiny_64
           python scripts/train.py --config=configs/bert/tiny_cpu.py:runs/bert_tiny_64 --workdir=runs/bert_tiny
