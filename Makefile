@@ -2,7 +2,7 @@
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 .SILENT:
-.PHONY: help env env-parity env-cuda quickstart test test-all test-parity test-oldest test-cuda gpu gpu-wheels reproduce
+.PHONY: help env env-parity env-cuda env-all quickstart test test-all test-parity test-oldest test-cuda gpu gpu-wheels reproduce
 .PHONY: docs lint format typecheck clean notebooks first-hour pictures
 
 # Two test processes fill two cores; more need about 2 GB of memory each.
@@ -35,6 +35,8 @@ env-parity:
 
 env-cuda:
 	$(SETUP) --venv .venv-cuda --extras test,cuda13-compile
+
+env-all: env env-parity env-cuda ## all environments, one after another
 
 quickstart: env ## train a small language model on this machine, then sample from it (minutes)
 	$(PY) scripts/quickstart.py
