@@ -123,7 +123,8 @@ class Bert(nn.Module):
         self.embedding_norm = block_norm(c)
         self.embedding_dropout = Dropout(self.dropout, self.place)
         self.layers = scanned(EncoderBlock, self.remat, inputs=1)(c, self.place, self.dropout)
-        self.pooler = self._head("be,ef->bf", (c.embed_dim, c.embed_dim), ("embed", "features"))
+        if c.encoder.pooling == "first":
+            self.pooler = self._head("be,ef->bf", (c.embed_dim, c.embed_dim), ("embed", "features"))
         if c.encoder.num_classes:
             shape = (c.embed_dim, c.encoder.num_classes)
             self.classifier = self._head("bf,fc->bc", shape, ("embed", "classes"))
@@ -144,7 +145,7 @@ class Bert(nn.Module):
         """Runs all blocks.
 
         Args:
-          tokens: token ids; the first of a row is what `pooled` reads.
+          tokens: token ids.
           strategy: how to attend; default: every token sees its whole row.
           token_types: which segment each token belongs to; default: the first.
           positions: index of each token; default ``0, 1, 2...``.
@@ -172,17 +173,34 @@ class Bert(nn.Module):
         y = dot("ble,ve->blv", x, self.embed(), out_sharding=self.place("batch", "length", "vocab"))
         return y.astype(jnp.float32) + self.mlm_output().astype(jnp.float32)
 
-    def pooled(self, hidden: Float[Array, "batch length embed"]) -> Float[Array, "batch embed"]:
-        """What stands for a row as a whole: the first token's hidden state through a layer of its own."""
-        return jnp.tanh(self.pooler(hidden[:, 0]))
+    def pooled(
+        self, hidden: Float[Array, "batch length embed"], segment_ids: Int[Array, "batch length"] | None = None
+    ) -> Float[Array, "batch embed"]:
+        """What stands for a row as a whole, see `EncoderConfig.pooling`; 0 in ``segment_ids`` is padding."""
+        assert self.config.encoder is not None
+        if self.config.encoder.pooling == "first":
+            return jnp.tanh(self.pooler(hidden[:, 0]))
+        text = jnp.ones(hidden.shape[:2]) if segment_ids is None else (segment_ids > 0).astype(jnp.float32)
+        share = text / jnp.maximum(text.sum(axis=1, keepdims=True), 1)
+        summed = jnp.einsum(
+            "bl,ble->be",
+            share,
+            hidden,
+            precision=jax.lax.Precision.HIGHEST,
+            preferred_element_type=jnp.float32,
+            out_sharding=self.place("batch", None),
+        )
+        return summed.astype(hidden.dtype)
 
     def next_sentence_logits(self, hidden: Float[Array, "batch length embed"]) -> Float[Array, "batch 2"]:
         """Logits, float32: 0 is that the second sentence follows the first, 1 that it is a random one."""
         return self.next_sentence(self.pooled(hidden)).astype(jnp.float32)
 
-    def class_logits(self, hidden: Float[Array, "batch length embed"]) -> Float[Array, "batch classes"]:
-        """Logits of the classes, float32; with ``encoder.num_classes`` only."""
-        return self.classifier(self.pooled(hidden)).astype(jnp.float32)
+    def class_logits(
+        self, hidden: Float[Array, "batch length embed"], segment_ids: Int[Array, "batch length"] | None = None
+    ) -> Float[Array, "batch classes"]:
+        """Logits of the classes, float32; with ``encoder.num_classes`` only. See `pooled`."""
+        return self.classifier(self.pooled(hidden, segment_ids)).astype(jnp.float32)
 
     def forward(self, tokens: Int[Array, "batch length"], *args: Any, **kwargs: Any) -> jax.Array:
         """`__call__`, then the tokens' `logits`, or with ``encoder.num_classes`` the classes'."""

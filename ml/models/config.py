@@ -1,7 +1,7 @@
 """The architecture of a transformer, as data: every supported family is a setting of these fields."""
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,20 +70,30 @@ class MoEConfig:
             raise ValueError(f"moe.top_k={self.top_k} must lie between 1 and num_experts={self.num_experts}")
 
 
+Pooling = Literal["first", "mean"]
+
+
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
     """What makes a transformer a bidirectional encoder with BERT's embeddings and heads (Devlin et al. 2019).
 
     Attributes:
       token_types: kinds of segment (first or second sentence), each with an embedding.
-      num_classes: outputs of a classifier on the pooled first token, which stands in the place of the two heads of
-        pre-training (masked tokens, next sentence); 0: pre-training.
+      num_classes: outputs of a classifier, which stands in the place of the two heads of pre-training (masked tokens,
+        next sentence); 0: pre-training.
+      pooling: what the classifier reads: ``first``, the first token through a layer of its own (BERT), or ``mean``, the
+        mean of the row's tokens.
     """
 
     token_types: int = 2
     num_classes: int = 0
+    pooling: Pooling = "first"
 
     def __post_init__(self):
+        if self.pooling not in get_args(Pooling):
+            raise ValueError(f"pooling={self.pooling!r} is none of {', '.join(get_args(Pooling))}")
+        if self.pooling != "first" and not self.num_classes:
+            raise ValueError(f"pooling={self.pooling!r} is for classifiers: set num_classes, or pooling='first'")
         if self.token_types < 1 or self.num_classes < 0:
             raise ValueError(f"need token_types={self.token_types} >= 1 and num_classes={self.num_classes} >= 0")
 

@@ -212,7 +212,7 @@ def _encoder_heads(c: TransformerConfig) -> int:
         return 0
     dense = c.embed_dim * (c.embed_dim + 1)
     if c.encoder.num_classes:
-        return dense + (c.embed_dim + 1) * c.encoder.num_classes
+        return (dense if c.encoder.pooling == "first" else 0) + (c.embed_dim + 1) * c.encoder.num_classes
     return 2 * dense + 2 * c.embed_dim + c.vocab_size + 2 * (c.embed_dim + 1)
 
 

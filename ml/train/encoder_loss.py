@@ -51,7 +51,7 @@ def make_classification_loss(model: Bert, config: TrainConfig) -> Callable[..., 
     def loss(params, batch, extras=None):
         del extras
         hidden = encoded(model, config, params, batch)
-        logits: Any = model.apply({"params": params}, hidden, method="class_logits")
+        logits: Any = model.apply({"params": params}, hidden, batch["segment_ids"], method="class_logits")
         nll, correct = classified(logits, batch["targets"], batch["loss_mask"])
         return nll, {"loss": nll, "accuracy": correct}
 

@@ -38,7 +38,8 @@ def initial_transformer(parts: Parts) -> Initial:
     found = load_model_config(source)
     comparable = found
     if found.encoder and wanted.encoder:
-        encoder = dataclasses.replace(found.encoder, num_classes=wanted.encoder.num_classes)
+        task = {name: getattr(wanted.encoder, name) for name in ("num_classes", "pooling")}
+        encoder = dataclasses.replace(found.encoder, **task)
         comparable = dataclasses.replace(found, encoder=encoder)
     harmless = {"init_stddev"} if wanted.position_embedding == "learned" else {"init_stddev", "max_length"}
     _check_same(comparable, wanted, source, harmless, _untrained)

@@ -58,9 +58,9 @@ def leaf_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
         "token_type/embedding": (config.encoder.token_types, embed),
         **{f"embedding_norm/{leaf}": shape for leaf, shape in norm.items()},
         **{f"layers/{path}": (config.num_layers, *shape) for path, shape in layer.items()},
-        "pooler/kernel": (embed, embed),
-        "pooler/bias": (embed,),
     }
+    if config.encoder.pooling == "first":
+        shapes |= {"pooler/kernel": (embed, embed), "pooler/bias": (embed,)}
     classes = config.encoder.num_classes
     if classes:
         return shapes | {"classifier/kernel": (embed, classes), "classifier/bias": (classes,)}

@@ -36,6 +36,11 @@ def write_config(config: Config) -> tuple[str, dict[str, Any]]:
             f"moe.bias_update_rate={config.moe.bias_update_rate}: no supported Hugging Face architecture has a router "
             "bias; keep this model in megabatch's own format, or train one with moe.bias_update_rate=0"
         )
+    if config.encoder is not None and config.encoder.pooling != "first":
+        raise UserError(
+            f"encoder.pooling={config.encoder.pooling}: a Hugging Face BERT classifies by its first token; keep this "
+            "model in megabatch's own format, or fine-tune one with encoder.pooling=first"
+        )
     wanted = canonical(config)
     closest: tuple[str, list[str]] | None = None
     for family in (name for name in ARCHITECTURES if name != "clip"):
