@@ -185,9 +185,8 @@ def _setup(setting: Setting, found: Found) -> str:
 def _objection(name: str, found: Found) -> str:
     theirs, ours = (statistics.fmean(found.accuracies[key]) for key in (name, "concurrent"))
     how = "is as accurate or more" if theirs >= ours else "cannot be told from ConAdv"
-    return f"training with {METHODS[name]} images {how} ({theirs:.3f} against {ours:.3f})".replace(
-        "with clean", "on clean"
-    )
+    images = {"none": "clean images", "noise": "images moved at random"}[name]
+    return f"training on {images} {how} ({theirs:.3f} against {ours:.3f})"
 
 
 def _panels(setting: Setting, found: Found) -> tuple[Panel, ...]:

@@ -25,7 +25,7 @@ def test_the_claim_holds_against_clean_and_control_or_not_at_all():
     assert outcome.holds and outcome.baseline.name == "random signs" and outcome.ours.name == "ConAdv"
     outcome = judge(SETTING, found(noise=0.97))
     assert not outcome.holds
-    assert outcome.reason == "training with random signs images is as accurate or more (0.970 against 0.966)"
+    assert outcome.reason == "training on images moved at random is as accurate or more (0.970 against 0.966)"
     assert judge(SETTING, found(concurrent=0.95)).reason.startswith("training on clean images is as accurate or more")
 
 
