@@ -180,7 +180,8 @@ class Bert(nn.Module):
         assert self.config.encoder is not None
         if self.config.encoder.pooling == "first":
             return jnp.tanh(self.pooler(hidden[:, 0]))
-        text = jnp.ones(hidden.shape[:2]) if segment_ids is None else (segment_ids > 0).astype(jnp.float32)
+        text = jnp.ones_like(hidden[..., 0]) if segment_ids is None else segment_ids > 0
+        text = text.astype(jnp.float32)
         share = text / jnp.maximum(text.sum(axis=1, keepdims=True), 1)
         summed = jnp.einsum(
             "bl,ble->be",

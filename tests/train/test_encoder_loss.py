@@ -132,9 +132,14 @@ def test_the_update_is_the_gradient_of_the_textbook_loss_however_the_batch_is_cu
     assert metrics["tokens"] == make_batch()["segment_ids"].sum()
 
 
-def test_the_step_can_be_cut_over_a_mesh():
+CLASSES = DataConfig(sequence_length=LENGTH, labelled=LabelledConfig(("a", "b", "c")))
+OF_MEANS = dataclasses.replace(MODEL, encoder=EncoderConfig(num_classes=3, pooling="mean"))
+
+
+@pytest.mark.parametrize(("model", "data"), [(MODEL, PAIRS), (OF_MEANS, CLASSES)], ids=["pretraining", "classifier"])
+def test_the_step_can_be_cut_over_a_mesh(model, data):
     """Traced, not compiled: what cannot be sharded fails here. That the numbers are the same costs more time."""
-    config = build(ExperimentConfig, base(MODEL, PAIRS).to_dict())
+    config = build(ExperimentConfig, base(model, data).to_dict())
     train = dataclasses.replace(config.train, batch_size=ROWS, microbatches=2, dropout=0.1, remat="full", loss_chunk=2)
     for mesh in (MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(data=4, tensor=2, layout="zero2")):
         assert assemble(dataclasses.replace(config, mesh=mesh, train=train)).traced
