@@ -61,7 +61,7 @@ class Setting:
 
 
 SETTINGS: Mapping[Budget, Setting] = {
-    "cpu": Setting(steps=600, every=20, points=3, byte_examples=2**14),
+    "cpu": Setting(steps=600, every=20, points=8, byte_examples=2**14),
     "gpu": Setting(steps=4000, every=50, points=20, byte_examples=2**18),
 }
 
