@@ -99,5 +99,13 @@ def assert_exact(name, given, asked, completions):
     for prompt, request, samples in zip(given, asked, completions, strict=True):
         assert len(samples) == request.n
         for completion in samples:
-            assert completion.tokens == slow_greedy(name, prompt, 13)[: request.max_tokens]
-            assert completion.finish_reason == "length"
+            assert len(completion.tokens) == request.max_tokens and completion.finish_reason == "length"
+            if completion.tokens != slow_greedy(name, prompt, 13)[: request.max_tokens]:
+                assert_greedy_but_for_ties(name, prompt, completion.tokens)
+
+
+def assert_greedy_but_for_ties(name, prompt, tokens):
+    """That every token has the largest logit of the plain forward, or lacks no more of it than rounding takes."""
+    of_each = logits(name, [*prompt, *tokens])[len(prompt) - 1 : -1]
+    lacking = of_each.max(axis=-1) - of_each[np.arange(len(tokens)), list(tokens)]
+    assert lacking.max() <= 2e-6 * np.abs(of_each).max(), lacking
