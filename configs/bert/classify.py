@@ -35,11 +35,12 @@ def get_config(arg: str = "") -> ConfigDict:
     if model.encoder is None:
         raise UserError(f"--config=configs/bert/classify.py:{arg}: is a decoder; give an encoder (BERT)")
     small = model.embed_dim < 512
-    encoder = EncoderConfig(model.encoder.token_types, num_classes=len(PACKAGES))
+    # The first token of a small model has learned too little to stand for the text.
+    encoder = EncoderConfig(model.encoder.token_types, num_classes=len(PACKAGES), pooling="mean" if small else "first")
     data = DataConfig(
         sources=(SourceConfig(kind="python_docstrings"),),
         tokenizer=TokenizerConfig(path=arg),
-        sequence_length=min(model.max_length, 64 if small else 128),
+        sequence_length=min(model.max_length, 128),
         heldout_fraction=0.2,
         labelled=LabelledConfig(PACKAGES, mask_fraction=0.5 if small else 0.0),
     )

@@ -18,7 +18,7 @@ from ml.train.lamb_bert import Stage, stage_experiment
 def get_config(arg: str = "") -> ConfigDict:
     """See the module's docstring; ``arg`` is the work directory of the first stage, and means the second."""
     # From the usual 0.02, products of so narrow a model begin so small that attention stays even for a long time.
-    model = bert_config(vocab_size=2048, num_layers=2, embed_dim=128, num_heads=2, max_length=128, init_stddev=0.05)
+    model = bert_config(vocab_size=8192, num_layers=2, embed_dim=128, num_heads=2, max_length=128, init_stddev=0.05)
     config = stage_experiment(model, (Stage(32, 64, 4500, 2e-3, 225), Stage(32, 128, 400, 5e-4, 40)), arg)
     config.data.masked.mask_fraction = 0.3  # twice BERT's: more to learn from a token that is computed
 

@@ -26,6 +26,7 @@ _NOTHING = -1  # in arrays of tokens: the last one drawn in the row's slot
 _COPIES = 16  # pages copied at once
 _MORE_ROWS = 4  # times the rows that are needed, rather than compile a program
 _TOPS = (0, 5, MAX_LOGPROBS)
+_PROMPT_TOPS = _TOPS[1:]  # `jax.lax.map` takes no arrays of size 0
 _BIASES = (8, MAX_BIASES + 212, 4096)
 # What rows that nobody wants draw by.
 _IDLE = SamplingParams(temperature=0.0)
@@ -159,7 +160,7 @@ class Runner:
                     if tokens is not None and self._settings.speculate:
                         kinds.append(dataclasses.replace(kind, drafts=self._settings.speculate))
                     if tokens is not None and sampling.prompt_logprobs is not None:
-                        top = fit(_TOPS, sampling.prompt_logprobs)
+                        top = fit(_PROMPT_TOPS, sampling.prompt_logprobs)
                         kinds += [dataclasses.replace(each, prompt_top=top) for each in kinds]
                     keys += kinds
         return self._programs.warm_up(keys, threads)
@@ -205,7 +206,7 @@ class Runner:
         kind = self._ready(
             Kind(
                 *self._buckets.shape(len(step.rows), step.fed, decode),
-                prompt_top=None if prompt_top is None else fit(_TOPS, prompt_top),
+                prompt_top=None if prompt_top is None else fit(_PROMPT_TOPS, prompt_top),
                 drafts=self._settings.speculate if step.drafts else 0,
                 # Of all rows: a prompt's last chunk, which draws, needs no other program than those before it.
                 **self._options(params, max(map(len, entries))),

@@ -110,6 +110,11 @@ def test_log_probabilities_of_text_and_prompt_and_the_best_of_several():
         assert entry.logprob == pytest.approx(row[token], abs=1e-4)
         assert list(entry.top) == np.argsort(-row)[: 3 if i < len(given) - 1 else 2].tolist()
         assert entry.rank == (row > row[token]).sum()
+    (chosen_alone,) = one.generate([given], dataclasses.replace(asked, prompt_logprobs=0))
+    assert [entry.logprob for entry in chosen_alone[0].prompt_logprobs[1:]] == pytest.approx(
+        [entry.logprob for entry in best[0].prompt_logprobs[1:]], abs=1e-4
+    )
+    assert not any(entry.top for entry in chosen_alone[0].prompt_logprobs[1:])
     everyone = dataclasses.replace(asked, n=4, best_of=None)
     (four,) = engine().generate([given], everyone)
     mean = {tuple(c.tokens): np.mean([entry.logprob for entry in c.logprobs]) for c in four}
