@@ -27,7 +27,8 @@ SCHEMA = {
     "required": ["name", "ages"],
     "additionalProperties": False,
 }
-REGEX = r"(\d{2}-){2}[a-c]{1,4}(é|!)"
+# Not \d: which characters are digits depends on the version of Unicode, and Python has its own.
+REGEX = r"([0-9]{2}-){2}[a-c]{1,4}(é|!)"
 CHOICES = ("yes", "no", "not at all", "漢字")
 WANTED = {
     "schema": StructuredOutput(json_schema=SCHEMA),
