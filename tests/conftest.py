@@ -85,19 +85,14 @@ def _room_for_programs():
     """Programs of CPUs take hundreds of memory maps each, and where Linux gives no more of them, XLA aborts."""
     began = time.monotonic()
     yield
-    if time.monotonic() - began > 1 and _share_of_memory_maps() > 0.5:
-        import jax
+    if time.monotonic() - began > 1:
+        from ml.memory_maps import used_share
 
-        jax.clear_caches()
-        gc.collect()
+        if used_share() > 0.5:
+            import jax
 
-
-def _share_of_memory_maps():
-    try:
-        used = pathlib.Path("/proc/self/maps").read_bytes().count(b"\n")
-        return used / int(pathlib.Path("/proc/sys/vm/max_map_count").read_text())
-    except OSError:  # no Linux
-        return 0.0
+            jax.clear_caches()
+            gc.collect()
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,13 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, PyTree
 
+from ml import memory_maps
 from ml.models import Transformer, TransformerConfig
 from ml.serve.buckets import Buckets, fit
 from ml.serve.cached_attention import empty_cache
@@ -248,6 +250,8 @@ class Runner:
 
     def _compile(self, key: Any) -> Any:
         logging.log_first_n(logging.INFO, "compiling programs", 1)
+        if jax.default_backend() == "cpu":
+            memory_maps.check_room()
         with self._placement.context():
             return self._lower(key).compile()
 
