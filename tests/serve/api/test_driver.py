@@ -125,8 +125,10 @@ def test_what_the_engine_refuses_costs_no_place():
 
 def test_cancelling_ends_one_sample_or_all():
     async def test(driver, engine):
+        engine.gate.clear()  # or all is written before this thread gets to cancel
         one = await driver.submit([1], SamplingParams(max_tokens=1000, n=3))
         one.cancel(1)
+        engine.gate.set()
         tokens, reasons, _ = await collect(one)
         assert reasons == {0: "length", 1: "cancelled", 2: "length"} and len(tokens[0]) == len(tokens[2]) == 1000
         whole = await driver.submit([1], SamplingParams(max_tokens=10**6, n=2))
