@@ -3,9 +3,9 @@
 Command:  python scripts/train.py --config=configs/basic/tiny_cpu.py --workdir=runs/basic_tiny
           python scripts/zero_shot.py --model=runs/basic_tiny
 Hardware: any CPU; no network.
-Time:     400 steps of 256 pairs, 64 embedded at a time; not measured.
-Expect:   a zero-shot accuracy on held-out digits far above the 0.1 of chance; how far has not been measured. The loss
-          has a floor: digits of one kind share their captions.
+Time:     400 steps of 256 pairs, 64 embedded at a time; a minute on two cores.
+Expect:   a zero-shot accuracy of 0.95 on held-out digits (docs/results/cpu/basic_tiny.json). The loss has a floor:
+          digits of one kind share their captions.
 """
 
 from ml_collections import ConfigDict
