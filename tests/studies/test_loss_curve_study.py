@@ -40,7 +40,14 @@ def test_a_prediction_within_five_percent_holds():
 @pytest.mark.slow
 def test_a_whole_study_in_small():
     small = dataclasses.replace(
-        SETTING, length=16, widths=(8, 16), held_out=24, steps={8: 300, 32: 200}, rates=(0.01, 0.02), first_step=30
+        SETTING,
+        length=16,
+        widths=(8, 16),
+        held_out=24,
+        steps={8: 300, 32: 200},
+        held_out_batches=(32,),
+        rates=(0.01, 0.02),
+        first_step=30,
     )
     outcome = study(small)
     assert all(0 < error < 50 for error in outcome.ours.values) and len(outcome.panels[0].series) == 3
