@@ -268,7 +268,7 @@ def sample(logits: Float[Array, "rows vocab"], rows: SamplingRows, number: Int[A
       rows: how to draw.
       number: how many tokens the row has drawn before: with its key, the only source of randomness.
     """
-    likeliest = jnp.argmax(logits, axis=-1)
+    likeliest = _likeliest(logits)
     greedy = rows.temperature == 0
 
     def draw() -> jax.Array:
@@ -279,10 +279,18 @@ def sample(logits: Float[Array, "rows vocab"], rows: SamplingRows, number: Int[A
         keep = jax.lax.cond(filtered.any(), lambda: _keep(scaled, rows), lambda: jnp.ones_like(scaled, dtype=jnp.bool_))
         keys = jax.vmap(jax.random.fold_in)(rows.key, number)
         noise = jax.vmap(lambda key: jax.random.gumbel(key, scaled.shape[1:]))(keys)
-        return jnp.argmax(jnp.where(keep, scaled + noise, -jnp.inf), axis=-1)
+        return _likeliest(jnp.where(keep, scaled + noise, -jnp.inf))
 
     drawn = jax.lax.cond(greedy.all(), lambda: likeliest, draw)
     return jnp.where(greedy, likeliest, drawn).astype(jnp.int32)
+
+
+def _likeliest(logits: Float[Array, "rows vocab"]) -> Int[Array, " rows"]:
+    """The first of the largest: in two passes with vectors, where XLA:CPU takes argmax's one number at a time."""
+    largest = jax.lax.optimization_barrier(logits.max(axis=-1, keepdims=True))
+    token = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+    last = logits.shape[-1] - 1  # where all are NaN: a token, whatever happened
+    return jnp.where(logits == largest, token, last).min(axis=-1)
 
 
 def _keep(scaled: Float[Array, "rows vocab"], rows: SamplingRows) -> Bool[Array, "rows vocab"]:

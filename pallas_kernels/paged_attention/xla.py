@@ -13,16 +13,16 @@ import jax.numpy as jnp
 
 from pallas_kernels.paged_attention.cache import PagedCache
 from pallas_kernels.paged_attention.segments import Carry, ordered_block
-from pallas_kernels.paged_attention.xla_rows import attend_rows
+from pallas_kernels.paged_attention.xla_rows import attend_rows, attend_short_rows
 from pallas_kernels.paged_attention.xla_scores import seen
 from pallas_kernels.paged_attention.xla_tiles import attend_tiles
 
 # Bytes of keys in float32: chunks are no larger, and lanes are added until a step has work for all cores.
 _CHUNK_BYTES, _STEP_BYTES = 2**19, 2**19
 # More of them only make steps larger than a core's cache.
-_MOST_LANES = 4
-# Tokens of a chunk of the rows that see no more.
-_SHORT = 128
+_MOST_LANES, _MOST_SHORT_LANES = 4, 16
+# Tokens of a chunk of short rows; most tokens of one where all heads are multiplied with all.
+_SHORT_CHUNK, _WIDE_CHUNK = 32, 128
 # Up to so many query heads, all of them times all keys cost less than to bring the keys of each head together.
 _WIDE_HEADS = 16
 
@@ -36,15 +36,17 @@ class XlaConfig:
       chunk: tokens of a chunk.
       tile: rows of a segment multiplied at once.
       wide: of rows that are alone, multiply all heads with all: more work, but on keys and values as they are stored.
+      short: rows that see no more tokens are computed in the order of their lengths.
     """
 
     lanes: int
     chunk: int
     tile: int
     wide: bool = False
+    short: int = 128
 
     def __post_init__(self):
-        for field in ("lanes", "chunk", "tile"):
+        for field in ("lanes", "chunk", "tile", "short"):
             value = getattr(self, field)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{field}={value!r}; it must be a whole number of at least 1")
@@ -59,7 +61,7 @@ def heuristic(query: Any, cache: PagedCache, block_table: Any) -> XlaConfig:
     tile = min(max(256 // group, 1), _ceil_power(query.shape[0]))
     if query.shape[1] <= _WIDE_HEADS or group == 1:
         lanes = min(_MOST_LANES, block_table.shape[0])
-        return XlaConfig(lanes=lanes, chunk=min(_SHORT, _ceil_power(longest)), tile=tile, wide=True)
+        return XlaConfig(lanes=lanes, chunk=min(_WIDE_CHUNK, _ceil_power(longest)), tile=tile, wide=True)
     chunk = min(max(_floor_power(_CHUNK_BYTES // per_token), 128), 512, _ceil_power(longest))
     lanes = min(max(_STEP_BYTES // (chunk * per_token), 1), _MOST_LANES, block_table.shape[0])
     return XlaConfig(lanes=lanes, chunk=chunk, tile=tile)
@@ -109,14 +111,15 @@ def attend(
     # What is short next to a chunk, as a sequence behind its shared prefix, would mostly be padding.
     first = jnp.clip(segments.query_begin, 0, rows - 1)
     low, high = seen(position[first], segments.kv_begin, segments.kv_end, window)
-    few = min(_SHORT, config.chunk)
-    short = (high - low <= few) | (few == config.chunk)
-    rows_options = {"wide": config.wide, **scores}
-    lanes = min(config.lanes * config.chunk // few, _MOST_LANES, alone.size)
-    out, lse = attend_rows(*operands, alone & short, lanes=lanes, chunk=few, **rows_options)
-    if few < config.chunk:
-        long = alone & ~short
-        long_out, long_lse = attend_rows(*operands, long, lanes=config.lanes, chunk=config.chunk, **rows_options)
+    longest = block_table.shape[1] * cache.page_size
+    short = (high - low <= config.short) | (longest <= config.short)
+    lanes = max(_STEP_BYTES // (_SHORT_CHUNK * 4 * kv_heads * head_dim), 1)
+    lanes, chunk = min(lanes, _MOST_SHORT_LANES, alone.size), min(_SHORT_CHUNK, config.chunk)
+    rows_options: dict[str, Any] = {"wide": config.wide, **scores}
+    out, lse = attend_short_rows(*operands, alone & short, lanes=lanes, chunk=chunk, **rows_options)
+    if longest > config.short:
+        long, lanes = alone & ~short, min(config.lanes, alone.size)
+        long_out, long_lse = attend_rows(*operands, long, lanes=lanes, chunk=config.chunk, **rows_options)
         out = jnp.where(long[:, None, None, None], long_out, out)
         lse = jnp.where(long[:, None, None], long_lse, lse)
     # Which segment an output row belongs to.

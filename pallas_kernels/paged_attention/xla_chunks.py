@@ -37,10 +37,10 @@ def locate(
     tokens: int,
     page_size: int,
 ) -> Chunk:
-    """The chunk of so many ``tokens`` from ``first`` on, of which ``low <= j < high`` may be seen: at least one."""
+    """The chunk of so many ``tokens`` from ``first`` on, of which ``low <= j < high`` may be seen."""
     token = first[:, None] + jnp.arange(tokens, dtype=jnp.int32)
     visible = (token >= low[:, None]) & (token < high[:, None])
-    token = jnp.where(visible, token, jnp.maximum(first, low)[:, None])
+    token = jnp.where(visible, token, low[:, None])
     token = jnp.clip(token, 0, table.shape[1] * page_size - 1)
     pages = jnp.take_along_axis(table, token // page_size, axis=1, mode="promise_in_bounds")
     return Chunk(pages, token % page_size, visible)

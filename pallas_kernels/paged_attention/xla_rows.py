@@ -1,4 +1,4 @@
-"""Segments of one row each, as in decoding: chunks of all of them, dealt out evenly to lanes that advance together."""
+"""Segments of one row each, as in decoding: chunks of several of them are computed in one step."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -57,7 +57,7 @@ def attend_rows(
         )
         slot = jnp.where(left, segment + lane, count + lanes - 1)  # the last is for lanes that have finished
         continued = (step > 0) & (at[1] > 0)
-        return where, slot, jnp.broadcast_to(continued, lane.shape).astype(jnp.float32), query[row[segment]]
+        return where, slot, jnp.broadcast_to(continued, lane.shape), query[row[segment]]
 
     def advance(at):
         more = at[1] + 1 < chunks[busy[at[0]]]
@@ -65,23 +65,8 @@ def attend_rows(
 
     def step(i, state):
         outs, lses, total, weight, peak, at, (where, slot, continued, q) = state
-        if wide:
-            logits = wide_logits(q, xla_chunks.by_token(cache.key, layer, where))
-        else:
-            logits = narrow_logits(q, xla_chunks.by_head(cache.key, layer, where))
-        if cache.key_scale is not None:
-            logits = logits * xla_chunks.scales(cache.key_scale, layer, where)[:, :, None]
-        logits = jnp.where(where.visible[:, None, None], capped(logits, scores["softcap"]), -jnp.inf)
-        before = jnp.where(continued[:, None, None] > 0, peak, -jnp.inf)
-        peak = jnp.maximum(before, logits.max(axis=-1))  # finite: a chunk has a token that is seen
-        weights = jnp.exp(logits - peak[..., None])
-        decay = continued[:, None, None] * jnp.exp(before - peak)
-        weight = weight * decay + weights.sum(axis=-1)
-        if cache.value_scale is not None:
-            weights = weights * xla_chunks.scales(cache.value_scale, layer, where)[:, :, None]
-        value = xla_chunks.by_token(cache.value, layer, where)
-        new = (wide_sum if wide else narrow_sum)(weights, value)
-        total = total * decay[..., None] + new
+        before = total, weight, jnp.where(continued[:, None, None], peak, -jnp.inf)
+        total, weight, peak = _add(before, q, cache, layer, where, wide, scores["softcap"])
         out, lse = total / weight[..., None], peak + jnp.log(weight)
         for r in range(lanes):
             outs = lax.dynamic_update_index_in_dim(outs, out[r], slot[r], 0)
@@ -105,6 +90,69 @@ def attend_rows(
     part_lses = jnp.where(there[..., None, None], part_lses, -jnp.inf)
     parts = jnp.where(there[..., None, None, None], parts, 0.0)
     return (parts[0], part_lses[0]) if lanes == 1 else merge_all(parts, part_lses)
+
+
+def attend_short_rows(
+    query, position, cache: PagedCache, layer, block_table, segments, active, *, lanes, chunk, wide, **scores
+):
+    """`attend_rows` for segments of few chunks: in the order of their lengths, ``lanes`` at a time.
+
+    Nothing has to be merged, and results are stored a block at a time; but a long segment would keep its lane alone.
+    """
+    count, (kv_heads, group, head_dim) = active.shape[0], query.shape[1:]
+    row = jnp.clip(segments.query_begin, 0, query.shape[0] - 1)
+    low, high = seen(position[row], segments.kv_begin, segments.kv_end, scores["window"])
+    length = jnp.where(active, jnp.maximum(high - low, 0), 0)
+    order = jnp.argsort(-length, stable=True).astype(jnp.int32)
+    blocks = -(-count // lanes)
+    padded = jnp.pad(order, (0, blocks * lanes - count))
+    shape = (lanes, kv_heads, group)
+
+    def block(i, results):
+        segment = lax.dynamic_slice_in_dim(padded, i * lanes, lanes)
+        table = block_table[jnp.clip(segments.table_row[segment], 0, block_table.shape[0] - 1)]
+        begin, end, q = low[segment], high[segment], query[row[segment]]
+
+        def step(c, state):
+            where = xla_chunks.locate(table, begin + c * chunk, begin, end, tokens=chunk, page_size=cache.page_size)
+            return _add(state, q, cache, layer, where, wide, scores["softcap"])
+
+        nothing = jnp.zeros((*shape, head_dim)), jnp.zeros(shape), jnp.full(shape, -jnp.inf)
+        total, weight, peak = lax.fori_loop(0, -(-length[segment[0]] // chunk), step, nothing)
+        sees = (begin < end)[:, None, None]
+        out = jnp.where(sees[..., None], total / weight[..., None], 0.0)
+        new = out, jnp.where(sees, peak + jnp.log(weight), -jnp.inf)
+        return tuple(lax.dynamic_update_slice_in_dim(x, y, i * lanes, 0) for x, y in zip(results, new, strict=True))
+
+    empty = (
+        jnp.zeros((blocks * lanes, kv_heads, group, head_dim)),
+        jnp.full((blocks * lanes, kv_heads, group), -jnp.inf),
+    )
+    used = -(-jnp.sum(length > 0, dtype=jnp.int32) // lanes)
+    results = lax.fori_loop(0, used, block, empty)
+    place = jnp.zeros(count, jnp.int32).at[order].set(jnp.arange(count, dtype=jnp.int32), unique_indices=True)
+    return tuple(x[place] for x in results)
+
+
+def _add(state, q, cache: PagedCache, layer, where: xla_chunks.Chunk, wide, softcap):
+    """Adds a chunk to the unfinished ``(total, weight, peak)`` of each lane's online softmax."""
+    total, weight, before = state
+    if wide:
+        logits = wide_logits(q, xla_chunks.by_token(cache.key, layer, where))
+    else:
+        logits = narrow_logits(q, xla_chunks.by_head(cache.key, layer, where))
+    if cache.key_scale is not None:
+        logits = logits * xla_chunks.scales(cache.key_scale, layer, where)[:, :, None]
+    logits = jnp.where(where.visible[:, None, None], capped(logits, softcap), -jnp.inf)
+    peak = jnp.maximum(before, logits.max(axis=-1))  # finite: a lane's first chunk has a token that is seen
+    weights = jnp.exp(logits - peak[..., None])
+    decay = jnp.exp(before - peak)
+    weight = weight * decay + weights.sum(axis=-1)
+    if cache.value_scale is not None:
+        weights = weights * xla_chunks.scales(cache.value_scale, layer, where)[:, :, None]
+    value = xla_chunks.by_token(cache.value, layer, where)
+    new = (wide_sum if wide else narrow_sum)(weights, value)
+    return total * decay[..., None] + new, weight, peak
 
 
 def narrow_logits(

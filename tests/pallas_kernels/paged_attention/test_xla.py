@@ -14,7 +14,7 @@ from pallas_kernels.paged_attention.xla import XlaConfig, heuristic
 
 PAGE = 16
 # Small enough that short sequences take several chunks, lanes and tiles.
-SMALL = XlaConfig(lanes=3, chunk=32, tile=4)
+SMALL = XlaConfig(lanes=3, chunk=32, tile=4, short=32)
 WIDE = dataclasses.replace(SMALL, wide=True)
 
 
@@ -138,7 +138,7 @@ def test_ragged(counts, config):
 @pytest.mark.parametrize("lanes", [1, 2, 4])
 def test_skewed(lanes):
     batch = Batch([300, 3, 3, 0, 3], heads=2, kv_heads=1)
-    agree(batch.attend("xla", config=XlaConfig(lanes, 32, 1)), batch.attend("reference"))
+    agree(batch.attend("xla", config=XlaConfig(lanes, 32, 1, short=1)), batch.attend("reference"))
 
 
 def test_nothing_to_do():
@@ -293,17 +293,21 @@ def test_the_cache_is_not_copied():
             assert memory.temp_size_in_bytes < cache.key.size * cache.key.dtype.itemsize / 4
 
 
-@pytest.mark.parametrize("name", ["a page is swapped", "a mask is dropped", "a lane is ignored"])
+@pytest.mark.parametrize(
+    "name", ["a page is swapped", "a mask is dropped", "a lane is ignored", "short rows are left in their order"]
+)
 def test_mutants(monkeypatch, name):
     """Each broken version is caught by the comparison that the other tests make."""
-    batch = Batch(LENGTHS, counts=[0, 1, 4, 3, 9, 1, 32, 5, 20])
+    batch = Batch(LENGTHS, counts=None if name == "a lane is ignored" else [0, 1, 4, 3, 9, 1, 32, 5, 20])
     if name == "a page is swapped":
         real = xla_rows.xla_chunks.locate
         swap = lambda table, *a, **k: real(table.at[:, :2].set(table[:, 1::-1]), *a, **k)  # noqa: E731
         monkeypatch.setattr(xla_rows.xla_chunks, "locate", swap)
     elif name == "a mask is dropped":
         monkeypatch.setattr(xla_tiles, "seen", lambda p, begin, end, window: (begin, jnp.broadcast_to(end, p.shape)))
-    else:
+    elif name == "a lane is ignored":
         monkeypatch.setattr(xla_rows, "merge_all", lambda out, lse: (out[0], lse[0]))
+    else:
+        monkeypatch.setattr(xla_rows.jnp, "argsort", lambda x, **_: jnp.arange(x.size))
     with pytest.raises(AssertionError):
         agree(batch.attend("xla", config=SMALL), batch.attend("reference"))
