@@ -6,7 +6,7 @@ from ml.errors import UserError
 
 _USED, _LIMIT = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
 # Several programs may be on their way when the last check was passed.
-_FULL = 0.95
+_NEARLY_FULL, _FULL = 0.88, 0.95
 
 
 def used_share() -> float:
@@ -15,6 +15,11 @@ def used_share() -> float:
         return _USED.read_bytes().count(b"\n") / int(_LIMIT.read_text())
     except OSError:
         return 0.0
+
+
+def nearly_full() -> bool:
+    """Whether it is time to do with fewer programs."""
+    return used_share() > _NEARLY_FULL
 
 
 def check_room() -> None:

@@ -29,6 +29,12 @@ _OURS = {
     # A cache that holds three of the eight outer groups.
     "two_level": {"max_running": 32, "token_budget": 512, "cache_tokens": 6144},
 }
+# This engine's ways to do the job, and what of its options is another.
+_OURS_OF: dict[str, dict[str, dict]] = {
+    "shared": {"megabatch": {}, "megabatch/no_shared_attention": {"share": "never"}},
+    "unshared": {"megabatch": {}},
+    "two_level": {f"megabatch/{order}": {"schedule": order} for order in ("planned", "prefix", "fifo")},
+}
 _WAYS = {"shared": ("padded", "prefix_once", "generate_batch"), "unshared": ("padded", "generate_batch")}
 
 
@@ -63,7 +69,8 @@ def main() -> None:
         machine.refuse(busy)
     with tempfile.TemporaryDirectory() as folder:
         model = _write_model(Path(folder))
-        sides = {"megabatch": _side("megabatch", sys.executable, model)}
+        # Each engine has a process of its own: its programs take many of the memory maps that Linux grants to one.
+        sides = {name: _side("megabatch", sys.executable, model) for name in _OURS_OF[args.job]}
         if args.peer:
             sides[args.peer] = _side(args.peer, str(peer_python), model)
         try:
@@ -103,13 +110,7 @@ def _side(name: str, python: str, model: Path) -> Any:
 
 def _contestants(args: Any, sides: dict[str, Any]) -> tuple[dict[str, tuple[str, dict]], dict[str, Any]]:
     """Who does the job, and with which options: of the peer's batch sizes the best, by a part of the job."""
-    ours = _OURS[args.job]
-    if args.job == "two_level":
-        orders = ("planned", "prefix", "fifo")
-        return {f"megabatch/{order}": ("megabatch", ours | {"schedule": order}) for order in orders}, {}
-    contestants: dict[str, tuple[str, dict]] = {"megabatch": ("megabatch", ours)}
-    if args.job == "shared":
-        contestants["megabatch/no_shared_attention"] = ("megabatch", ours | {"share": "never"})
+    contestants = {name: (name, _OURS[args.job] | other) for name, other in _OURS_OF[args.job].items()}
     probe: dict[str, Any] = {}
     for way in args.ways or _WAYS[args.job] if args.peer else ():
         tried: dict[int, Any] = {}
@@ -128,7 +129,7 @@ def _contestants(args: Any, sides: dict[str, Any]) -> tuple[dict[str, tuple[str,
 def _turns(args: Any, sides: dict[str, Any], contestants: dict[str, tuple[str, dict]]) -> dict[str, dict[str, Any]]:
     answers: dict[str, list[dict]] = {name: [] for name in contestants}
     for side, options in contestants.values():
-        if side == "megabatch":
+        if side != args.peer:
             sides[side].run(args.job, args.requests, **options)  # what the warm-up left to compile
     for turn in range(args.rounds):
         for name, (side, options) in contestants.items():

@@ -3,15 +3,17 @@
 import dataclasses
 import os
 import sys
+from typing import Any
 
 import app
 from absl import flags
 from compiled import keep_compiled_programs
 
 from ml.errors import UserError
-from ml.serve import EngineConfig, ServedModel, make_engine, serving_mesh
+from ml.serve import EngineConfig, SamplingParams, ServedModel, StructuredOutput, make_engine, serving_mesh
 from ml.serve.batch.sizing import cache_tokens
 from ml.serve.placement import MeshError
+from ml.serve.sampling import MAX_LOGPROBS
 from ml.serve.text.served_model import WEIGHTS, serving_dtype
 
 USAGE = """Serves a model over HTTP as OpenAI does: the work directory of a training run, or a Hugging Face folder.
@@ -60,6 +62,15 @@ _SCHEDULE = flags.DEFINE_enum("schedule", "fifo", ["fifo", "prefix"], "Who goes 
 _TENSOR = flags.DEFINE_integer("tensor", 1, "Devices that share one copy of the model.", lower_bound=1)
 _DATA = flags.DEFINE_integer("data", 1, "Copies of the model, each with a part of the requests.", lower_bound=1)
 _WARM_UP = flags.DEFINE_bool("warm_up", True, "Compile before the first request comes.")
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "logprobs": {"logprobs": MAX_LOGPROBS},
+    "penalties": {"presence_penalty": 1.0},
+    "logit_bias": {"logit_bias": dict.fromkeys(range(8), 1.0)},
+    "structured_output": {"structured_output": StructuredOutput(json_object=True)},
+}
+_WARM_UP_FOR = flags.DEFINE_list(
+    "warm_up_for", [], f"Then also compile for requests with any of {', '.join(_OPTIONS)}; else the first ones wait."
+)
 _TIMEOUT = flags.DEFINE_float("request_timeout", 600.0, "Most seconds that a request may take.", lower_bound=0.001)
 _DRAIN = flags.DEFINE_float("drain_seconds", 30.0, "Most seconds that requests get after SIGTERM.", lower_bound=0)
 _MAX_BODY = flags.DEFINE_integer("max_body_mb", 32, "Largest body of a request, in MiB.", lower_bound=1)
@@ -75,6 +86,8 @@ def main() -> None:
 
     if not _MODEL.value:
         raise UserError("--model is missing: give a work directory or a Hugging Face folder (see serve.py --help)")
+    if unknown := set(_WARM_UP_FOR.value) - set(_OPTIONS):
+        raise UserError(f"--warm_up_for={unknown.pop()}: choose from {', '.join(_OPTIONS)}")
     bound = listen(_HOST.value, _PORT.value)  # first, since loading takes its time
     keep_compiled_programs()
     dtype = serving_dtype(_WEIGHTS.value)
@@ -117,7 +130,7 @@ def main() -> None:
     )
     if _WARM_UP.value:
         print("compiling ahead", file=sys.stderr, flush=True)
-        engine.warm_up()
+        engine.warm_up(_samplings(_WARM_UP_FOR.value))
     settings = ServerSettings(
         max_length=min(longest, tokens),
         api_key=_API_KEY.value or os.environ.get("MEGABATCH_API_KEY") or None,
@@ -132,6 +145,14 @@ def main() -> None:
         print(f"serving {model.name} on http://{host}:{port}", file=sys.stderr, flush=True)
 
     serve(server, bound, drain_seconds=_DRAIN.value, ready=ready)
+
+
+def _samplings(names: list[str]) -> list[SamplingParams]:
+    """What requests may ask for: nothing of the kind, or all of it, which does for a part as well."""
+    asked: dict[str, Any] = {}
+    for name in names:
+        asked |= _OPTIONS[name]
+    return [SamplingParams(), *([SamplingParams(**asked)] if asked else [])]
 
 
 if __name__ == "__main__":

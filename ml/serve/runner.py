@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,6 +30,13 @@ _MORE_ROWS = 4  # times the rows that are needed, rather than compile a program
 _TOPS = (0, 5, MAX_LOGPROBS)
 _PROMPT_TOPS = _TOPS[1:]  # `jax.lax.map` takes no arrays of size 0
 _BIASES = (8, MAX_BIASES + 212, 4096)
+# Options of programs, and how much of each a program has: more does for less.
+_RANKS: dict[str, Callable[[Any], int]] = {
+    "top": lambda top: -1 if top is None else top,
+    "penalizes": int,
+    "biases": int,
+    "masked": int,
+}
 # What rows that nobody wants draw by.
 _IDLE = SamplingParams(temperature=0.0)
 
@@ -117,7 +124,9 @@ class Runner:
         self._sharing = Sharing(self._placement.on_one_device, settings, self._state.cache)
         self._written: Written | None = None
         self._of_slot: dict[int, SamplingParams] = {}
-        self._programs = Programs(self._compile)
+        self._on_cpu = jax.default_backend() == "cpu"
+        self._programs = Programs(self._compile, memory_maps.nearly_full if self._on_cpu else lambda: False)
+        self._warm: list[dict[str, Any]] = []
 
     def reset(self) -> None:
         """Forgets all sequences; the cache is a new one."""
@@ -142,7 +151,8 @@ class Runner:
         """Compiles every program that steps of any size can need whose rows ask for what one of ``samplings`` does.
 
         Args:
-          samplings: examples; a step whose rows ask for different things needs what they ask for together.
+          samplings: examples. A step whose rows ask for less runs what was compiled for more; one whose rows together
+            ask for more than any example does is compiled when it comes.
           threads: that compile at once; ``None``: one per processor.
 
         Returns:
@@ -155,6 +165,7 @@ class Runner:
             entry = len(sampling.logit_bias) + (len(sampling.stop_token_ids) + 1 if sampling.min_tokens else 0)
             options = self._options([sampling], entry)
             keys += ["begin"] if sampling.penalizes else []
+            self._warm.append(options)
             for rows, tokens in self._buckets.shapes():
                 for planned in (False, True)[: 1 + self._sharing.possible(rows)]:
                     kind = Kind(rows, tokens, planned, **options)
@@ -231,11 +242,14 @@ class Runner:
             return program(*arguments)
 
     def _ready(self, kind: Kind) -> Kind:
-        """The kind itself, or one with a few more rows, if that is compiled already: most jobs end before they win."""
-        for rows in self._buckets.above(kind.rows, kind.tokens is None):
-            larger = dataclasses.replace(kind, rows=rows)
-            if rows <= _MORE_ROWS * kind.rows and larger in self._programs:
-                return larger
+        """The kind itself, or one with more rows or options, if that is compiled: most jobs end before they win."""
+        own = {name: getattr(kind, name) for name in _RANKS}
+        for options in [own, *self._warm]:
+            if all(rank(options[name]) >= rank(own[name]) for name, rank in _RANKS.items()):
+                for rows in self._buckets.above(kind.rows, kind.tokens is None):
+                    larger = dataclasses.replace(kind, rows=rows, **options)
+                    if rows <= _MORE_ROWS * kind.rows and larger in self._programs:
+                        return larger
         return kind
 
     def _options(self, params: Sequence[SamplingParams], biases: int) -> dict[str, Any]:
@@ -250,7 +264,7 @@ class Runner:
 
     def _compile(self, key: Any) -> Any:
         logging.log_first_n(logging.INFO, "compiling programs", 1)
-        if jax.default_backend() == "cpu":
+        if self._on_cpu:
             memory_maps.check_room()
         with self._placement.context():
             return self._lower(key).compile()

@@ -50,3 +50,26 @@ def test_a_program_that_does_not_compile_ends_the_warm_up():
 
     with pytest.raises(ValueError, match="x"):
         Programs(fail).warm_up(["x"])
+
+
+def test_programs_that_were_not_used_for_longest_make_way():
+    room = 4
+    programs = Programs(str.upper, lambda: len(programs) >= room)
+    for key in "abcd":
+        assert programs[key] == key.upper()
+    assert programs["a"] == "A"
+    assert programs["e"] == "E"
+    assert "b" not in programs and all(key in programs for key in "acde")
+    assert programs["b"] == "B"
+    assert "c" not in programs and all(key in programs for key in "adeb")
+    room = 1
+    assert programs["x"] == "X"
+    assert len(programs) == 1
+
+
+def test_a_warm_up_ends_where_there_is_no_more_room():
+    programs = Programs(str.upper, lambda: len(programs) >= 2)
+    assert programs.warm_up("abc", threads=1) == 2
+    assert "a" in programs and "b" in programs
+    assert programs["c"] == "C"
+    assert programs.compilations == 1

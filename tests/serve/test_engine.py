@@ -227,6 +227,29 @@ def test_nothing_is_compiled_after_the_warm_up():
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
+def test_programs_for_more_do_for_less():
+    """After a warm-up for logits with everything, no mix of a part of it compiles or changes a text."""
+    alone = engine()
+    given = prompts(4, 0)
+    asked = [
+        dataclasses.replace(GREEDY, logprobs=3),
+        dataclasses.replace(GREEDY, frequency_penalty=1.0),
+        dataclasses.replace(GREEDY, logit_bias={5: 2.0}),
+        GREEDY,
+    ]
+    expected = [alone.generate([prompt], each)[0][0] for prompt, each in zip(given, asked, strict=True)]
+    one = engine(max_running=2, token_budget=16)
+    everything = SamplingParams(logprobs=20, presence_penalty=1.0, logit_bias={0: 1.0})
+    assert one.warm_up((everything,)) > 0
+    for chosen in ([0, 1, 2, 3], [3], [2, 3], [1], [0]):
+        found = one.generate([given[i] for i in chosen], [asked[i] for i in chosen])
+        assert [each[0].tokens for each in found] == [expected[i].tokens for i in chosen]
+        for i, each in zip(chosen, found, strict=True):
+            assert (each[0].logprobs is None) == (i != 0)
+            assert i or [len(token.top) for token in each[0].logprobs] == [3] * len(each[0].tokens)
+    assert one.statistics.compilations == 0
+
+
 def test_a_planned_job_computes_each_shared_prefix_once():
     rng = np.random.default_rng(0)
     shared = [rng.integers(0, 61, 24).tolist() for _ in range(4)]
