@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels.paged_attention.cache import PagedCache
 from pallas_kernels.paged_attention.segments import Carry, ordered_block
@@ -115,13 +116,23 @@ def attend(
     short = (high - low <= config.short) | (longest <= config.short)
     lanes = max(_STEP_BYTES // (_SHORT_CHUNK * 4 * kv_heads * head_dim), 1)
     lanes, chunk = min(lanes, _MOST_SHORT_LANES, alone.size), min(_SHORT_CHUNK, config.chunk)
+    shape = (alone.size, kv_heads, group)
+    nothing = jnp.zeros((*shape, head_dim)), jnp.full(shape, -jnp.inf)
     rows_options: dict[str, Any] = {"wide": config.wide, **scores}
-    out, lse = attend_short_rows(*operands, alone & short, lanes=lanes, chunk=chunk, **rows_options)
+
+    def short_rows(_):
+        return attend_short_rows(*operands, alone & short, lanes=lanes, chunk=chunk, **rows_options)
+
+    def long_rows(results):
+        mine = alone & ~short
+        lanes = min(config.lanes, alone.size)
+        new = attend_rows(*operands, mine, lanes=lanes, chunk=config.chunk, **rows_options)
+        return tuple(jnp.where(mine.reshape(-1, *(1,) * (x.ndim - 1)), x, y) for x, y in zip(new, results, strict=True))
+
+    # Below a shared prefix no row is alone, behind it few are long: what would do nothing is left out.
+    out, lse = lax.cond((alone & short).any(), short_rows, lambda results: results, nothing)
     if longest > config.short:
-        long, lanes = alone & ~short, min(config.lanes, alone.size)
-        long_out, long_lse = attend_rows(*operands, long, lanes=lanes, chunk=config.chunk, **rows_options)
-        out = jnp.where(long[:, None, None, None], long_out, out)
-        lse = jnp.where(long[:, None, None], long_lse, lse)
+        out, lse = lax.cond((alone & ~short).any(), long_rows, lambda results: results, (out, lse))
     # Which segment an output row belongs to.
     index = jnp.where(alone, segments.out_begin, outputs)
     owner = jnp.full(outputs, -1, jnp.int32).at[index].set(jnp.arange(alone.size, dtype=jnp.int32), mode="drop")

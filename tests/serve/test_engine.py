@@ -228,7 +228,7 @@ def test_nothing_is_compiled_after_the_warm_up():
 
 
 def test_programs_for_more_do_for_less():
-    """After a warm-up for logits with everything, no mix of a part of it compiles or changes a text."""
+    """After a warm-up for nothing and for everything, no mix of a part of it compiles or changes a text."""
     alone = engine()
     given = prompts(4, 0)
     asked = [
@@ -240,7 +240,7 @@ def test_programs_for_more_do_for_less():
     expected = [alone.generate([prompt], each)[0][0] for prompt, each in zip(given, asked, strict=True)]
     one = engine(max_running=2, token_budget=16)
     everything = SamplingParams(logprobs=20, presence_penalty=1.0, logit_bias={0: 1.0})
-    assert one.warm_up((everything,)) > 0
+    assert one.warm_up((GREEDY, everything)) > 0
     for chosen in ([0, 1, 2, 3], [3], [2, 3], [1], [0]):
         found = one.generate([given[i] for i in chosen], [asked[i] for i in chosen])
         assert [each[0].tokens for each in found] == [expected[i].tokens for i in chosen]
