@@ -20,14 +20,20 @@ class Programs:
       compilations: programs compiled when they were needed, since the last warm-up: each kept someone waiting.
     """
 
-    def __init__(self, compile_program: Callable[[Any], Any], full: Callable[[], bool] = lambda: False):
+    def __init__(
+        self,
+        compile_program: Callable[[Any], Any],
+        full: Callable[[], bool] = lambda: False,
+        forget: Callable[[], None] = lambda: None,
+    ):
         """Has none yet.
 
         Args:
           compile_program: compiles the program of a key; several threads may call it at once.
           full: whether there is no room for more than those that there are.
+          forget: makes whoever else keeps programs let go of them.
         """
-        self._compile, self._full = compile_program, full
+        self._compile, self._full, self._forget = compile_program, full, forget
         self._programs: collections.OrderedDict[Hashable, Any] = collections.OrderedDict()  # the last used last
         self._lock = threading.Lock()
         self.compilations = 0
@@ -52,6 +58,7 @@ class Programs:
             dropped = -(-len(self._programs) // 4)
             for _ in range(dropped):
                 self._programs.popitem(last=False)
+            self._forget()
             gc.collect()
             logging.warning("no room for another program: dropped the %d that were not used for longest", dropped)
 

@@ -125,7 +125,8 @@ class Runner:
         self._written: Written | None = None
         self._of_slot: dict[int, SamplingParams] = {}
         self._on_cpu = jax.default_backend() == "cpu"
-        self._programs = Programs(self._compile, memory_maps.nearly_full if self._on_cpu else lambda: False)
+        room: Any = {"full": memory_maps.nearly_full, "forget": jax.clear_caches} if self._on_cpu else {}
+        self._programs = Programs(self._compile, **room)
         self._warm: list[dict[str, Any]] = []
 
     def reset(self) -> None:

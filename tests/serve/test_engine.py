@@ -18,6 +18,7 @@ from engine_cases import (
     weights,
 )
 
+from ml import memory_maps
 from ml.errors import UserError
 from ml.models import Transformer
 from ml.serve import program
@@ -248,6 +249,21 @@ def test_programs_for_more_do_for_less():
             assert (each[0].logprobs is None) == (i != 0)
             assert i or [len(token.top) for token in each[0].logprobs] == [3] * len(each[0].tokens)
     assert one.statistics.compilations == 0
+
+
+@pytest.mark.skipif(not memory_maps.used_share(), reason="memory maps are counted on Linux")
+def test_programs_make_way_where_memory_maps_run_short(monkeypatch, tmp_path):
+    one = engine()
+    given = prompts(6, 0)
+    expected = [each[0].tokens for each in one.generate(given, GREEDY)]
+    used = memory_maps.used_share() * int(memory_maps._LIMIT.read_text())
+    (tmp_path / "limit").write_text(f"{int(used / 0.9)}\n")
+    monkeypatch.setattr(memory_maps, "_LIMIT", tmp_path / "limit")
+    assert memory_maps.nearly_full()
+    found = one.generate(given, dataclasses.replace(GREEDY, logprobs=1))
+    assert [each[0].tokens for each in found] == expected
+    assert not memory_maps.nearly_full()
+    assert one.statistics.compilations > 0
 
 
 def test_a_planned_job_computes_each_shared_prefix_once():
