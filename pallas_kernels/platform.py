@@ -1,8 +1,11 @@
 """The platform and the chip that a program is traced for, which need not be this machine's.
 
 A mesh knows its devices' platform and kind also where they are absent, as when a pod's program is compiled ahead of
-time (`pallas_kernels.absent`).
+time (`pallas_kernels.absent`). And where this machine keeps what was found out about it.
 """
+
+import os
+import pathlib
 
 import jax
 
@@ -21,3 +24,9 @@ def chip() -> str | None:
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.local_devices()[0].device_kind if device is None else device.device_kind
+
+
+def cache_folder() -> pathlib.Path:
+    """Of what was measured or compiled for this machine: ``$MEGABATCH_CACHE_DIR``, or else ``~/.cache/megabatch``."""
+    folder = os.environ.get("MEGABATCH_CACHE_DIR")
+    return pathlib.Path(folder) if folder else pathlib.Path.home() / ".cache" / "megabatch"

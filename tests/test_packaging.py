@@ -48,7 +48,7 @@ def test_it_holds_the_packages_and_their_data_and_nothing_else(wheel):
         str(path.relative_to(ROOT))
         for top in ("ml", "pallas_kernels")
         for path in (ROOT / top).rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts and path.suffix in (".py", ".json", ".jinja")
+        if path.is_file() and "__pycache__" not in path.parts and path.suffix in (".py", ".json", ".jinja", ".cc", ".h")
     }
     assert code == expected
     setup = configparser.ConfigParser()

@@ -28,6 +28,7 @@ def paged_attention(
     invariant: bool = False,
     implementation: Implementation = "auto",
     config: Any = None,
+    checked: bool = False,
 ) -> Any:
     """Causal attention of each sequence's newest tokens to what the cache holds of it, themselves included.
 
@@ -50,20 +51,21 @@ def paged_attention(
       return_lse: also return the natural logarithm of the sum of exponentiated logits, float32 ``[tokens, heads]``.
       invariant: the result of a row depends, bit for bit, on nothing but its own query, tokens and position: keys are
         added block by block in order, whatever the batch holds. Costs the freedom to split long sequences.
-      implementation: ``xla``, ``gpu`` (Mosaic GPU, Hopper), ``tpu`` (Mosaic TPU), ``reference`` (float32, dense), or
-        ``auto``: the kernel of the platform that the program is for if it supports the case, else XLA, and says why in
-        the log.
+      implementation: ``xla``, ``cpu`` (C++, needs a compiler once), ``gpu`` (Mosaic GPU, Hopper), ``tpu`` (Mosaic TPU),
+        ``reference`` (float32, dense), or ``auto``: the kernel of the platform that the program is for if it supports
+        the case, else XLA, and says why in the log.
       config: a configuration of that implementation; ``None``: from the tuning table, or a heuristic.
+      checked: also check numbers that are traced, for a function that `jax.experimental.checkify.checkify` transforms.
 
     Returns:
       Attention ``[tokens, heads, head_dim]`` in the query's type; rows that see nothing are 0 (and -inf).
 
     Raises:
       ValueError: operands that do not fit together, or a case that the chosen implementation does not support. Numbers
-        out of range (pages, lengths) raise where the tables are concrete, and under `checkify` elsewhere.
+        out of range (pages, lengths) raise where the tables are concrete; see ``checked`` for elsewhere.
     """
     check_operands(query, cache, block_table, lengths, query_starts, starts)
-    check_tables(cache, block_table, lengths, query_starts, starts)
+    check_tables(cache, block_table, lengths, query_starts, starts, traced=checked)
     block_table, lengths, query_starts, starts = jax.tree.map(jnp.asarray, (block_table, lengths, query_starts, starts))
     if query_starts is None:
         segments, position = decode_segments(lengths, starts), lengths - 1

@@ -63,18 +63,23 @@ def check_operands(
             raise ValueError(f"{name} has dtype {x.dtype.name}; it must be int32")
 
 
-def check_tables(cache: PagedCache, block_table: Any, lengths: Any, query_starts: Any, starts: Any) -> None:
+def check_tables(
+    cache: PagedCache, block_table: Any, lengths: Any, query_starts: Any, starts: Any, *, traced: bool
+) -> None:
     """Refuses numbers that would make a kernel read beyond the cache.
 
-    At once where the arrays are concrete; within a traced function under `jax.experimental.checkify.checkify` only,
-    since the check costs a pass over the tables. Entries of a block table beyond a sequence's length are never read.
+    At once where the arrays are concrete; ``traced``: within a traced function too, for
+    `jax.experimental.checkify.checkify`. Not by default: a function that may fail has an effect, and JAX dispatches one
+    with effects on its slow path. Entries of a block table beyond a sequence's length are never read.
 
     Raises:
       ValueError: naming the argument and the first offender.
     """
+    xp: Any = jnp if any(isinstance(x, jax.core.Tracer) for x in (block_table, lengths, query_starts, starts)) else np
+    if xp is jnp and not traced:
+        return
     pages, page_size = cache.key.shape[1:3]
     width = block_table.shape[1]
-    xp: Any = jnp if any(isinstance(x, jax.core.Tracer) for x in (block_table, lengths, query_starts, starts)) else np
     lengths = xp.asarray(lengths)
     used = xp.arange(width)[None, :] * page_size < lengths[:, None]
     table = xp.asarray(block_table)

@@ -12,8 +12,9 @@ from pallas_kernels.paged_attention.segments import Carry, Segments
 from pallas_kernels.platform import platform
 from pallas_kernels.sharded import on_shards
 
-Implementation = Literal["auto", "xla", "gpu", "tpu", "reference"]
-IMPLEMENTATIONS = ("xla", "gpu", "tpu", "reference")
+Implementation = Literal["auto", "xla", "cpu", "gpu", "tpu", "reference"]
+IMPLEMENTATIONS = ("xla", "cpu", "gpu", "tpu", "reference")
+_KERNELS = ("cpu", "gpu", "tpu")  # the names of their platforms
 
 
 Result = tuple[Float[Array, "outputs heads head_dim"], Float[Array, "outputs heads"]]
@@ -121,11 +122,11 @@ def finish(carry: Carry, implementation: str) -> Result:
 def resolve(query: Any, cache: PagedCache, decode: bool, implementation: str) -> Implementation:
     """The backend that ``implementation`` means for this case; see `attend_segments` for errors."""
     if implementation == "auto":
-        wanted = {name: _asks(name, query, cache, decode) for name in (platform(),) if name in ("gpu", "tpu")}
+        wanted = {name: _asks(name, query, cache, decode) for name in (platform(),) if name in _KERNELS}
         return cast(Implementation, choose("paged_attention", {**wanted, "xla": lambda: None}))
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r}; choose auto, {', '.join(IMPLEMENTATIONS)}")
-    if implementation in ("gpu", "tpu"):
+    if implementation in _KERNELS:
         reason = _asks(implementation, query, cache, decode)()
         if reason is not None:
             raise ValueError(f"implementation={implementation!r} does not support this case: {reason}")

@@ -38,6 +38,7 @@ def shared_prefix_attention(
     invariant: bool = False,
     implementation: Implementation = "auto",
     config: Any = None,
+    checked: bool = False,
 ) -> Any:
     """What `paged_attention` computes, with every shared run of pages read once for all rows below it.
 
@@ -48,7 +49,7 @@ def shared_prefix_attention(
 
     Args:
       query, cache, layer, block_table, lengths, query_starts: as in `paged_attention`.
-      window, scale, softcap, return_lse, implementation, config: likewise.
+      window, scale, softcap, return_lse, implementation, config, checked: likewise.
       plan: of this composition of the batch, by `make_plan` from the same tables; lengths may have grown since.
       invariant: bit for bit the same as `paged_attention` with ``invariant``; the plan's granularity must be a
         multiple of `ordered_block` of the page size.
@@ -69,10 +70,15 @@ def shared_prefix_attention(
     if invariant and plan.granularity % block:
         raise ValueError(f"invariant needs a plan with granularity a multiple of {block}, not {plan.granularity}")
     if plan.levels == 0:
-        options |= {"return_lse": return_lse, "invariant": invariant, "implementation": implementation}
+        options |= {
+            "return_lse": return_lse,
+            "invariant": invariant,
+            "implementation": implementation,
+            "checked": checked,
+        }
         return paged_attention(query, cache, layer, block_table, lengths, query_starts, **options, config=config)
     check_operands(query, cache, block_table, lengths, query_starts, None)
-    check_tables(cache, block_table, lengths, query_starts, None)
+    check_tables(cache, block_table, lengths, query_starts, None, traced=checked)
     tables = cache, layer, jnp.asarray(block_table)
     on_device: Any = jax.tree.map(jnp.asarray, (lengths, query_starts, plan))
     lengths, query_starts, plan = on_device

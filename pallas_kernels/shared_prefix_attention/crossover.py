@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from pallas_kernels.platform import platform
+from pallas_kernels.platform import cache_folder, platform
 
 # Predicted gains below this share of the unshared time are not trusted.
 MARGIN = 0.05
@@ -66,7 +66,7 @@ class Shapes:
       heads, kv_heads, head_dim, page_size: of the model and its cache, on one device.
       dtype: of the query.
       cache_dtype: of the cache.
-      implementation: resolved: ``xla``, ``gpu`` or ``tpu``.
+      implementation: resolved: ``xla``, ``cpu``, ``gpu`` or ``tpu``.
     """
 
     heads: int
@@ -83,10 +83,10 @@ def crossover(shapes: Shapes, *, path: pathlib.Path | None = None, grid: Any = N
 
     Args:
       shapes: of the calls.
-      path: the file; ``None``: ``$MEGABATCH_CACHE_DIR/crossover.json``, by default below ``~/.cache/megabatch``.
+      path: the file; ``None``: ``crossover.json`` in `pallas_kernels.platform.cache_folder`.
       grid: pairs ``(rows, tokens)`` to measure.
     """
-    path = default_path() if path is None else path
+    path = cache_folder() / "crossover.json" if path is None else path
     device = jax.devices()[0].device_kind
     key = json.dumps({"device": device, "jax": jax.__version__, **dataclasses.asdict(shapes)}, sort_keys=True)
     known = _read(path)
@@ -96,12 +96,6 @@ def crossover(shapes: Shapes, *, path: pathlib.Path | None = None, grid: Any = N
     logging.info("shared_prefix_attention: measured the crossover of %s: %s; kept in %s", device, measured, path)
     _keep(path, {**_read(path), key: dataclasses.asdict(measured)})
     return measured
-
-
-def default_path() -> pathlib.Path:
-    """Where calibrations are kept."""
-    folder = os.environ.get("MEGABATCH_CACHE_DIR")
-    return (pathlib.Path(folder) if folder else pathlib.Path.home() / ".cache" / "megabatch") / "crossover.json"
 
 
 GRID = tuple(itertools.product((4, 16, 64), (256, 1024)))

@@ -168,7 +168,7 @@ def _build(shape: Shape, platform: str, layers: int, peers: bool) -> Built:
 
         return Program(name, attend, sets)
 
-    own = [platform, "xla"] if platform in ("gpu", "tpu") else ["xla"]
+    own = [platform, "xla"]
     programs = [program(f"ours/{name}", implementation=name) for name in own]
     programs.append(program("ours/invariant", implementation=own[0], invariant=True))
     failed: dict[str, str] = {}

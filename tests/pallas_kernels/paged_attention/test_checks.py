@@ -76,7 +76,7 @@ BAD_OPERANDS = {
     "rows": ({"query": jnp.zeros((3, 4, 8))}, "query has 3 rows for 2 sequences; without query_starts"),
     "query_starts": ({"query_starts": jnp.zeros(2, INTS)}, r"query_starts has shape \(2,\); it must be \(3,\)"),
     "integer type": ({"lengths": jnp.zeros(2)}, "lengths has dtype float32; it must be int32"),
-    "implementation": ({"implementation": "triton"}, "implementation='triton'; choose auto, xla, gpu, tpu, reference"),
+    "implementation": ({"implementation": "triton"}, "implementation=.triton.; choose auto, xla, cpu, gpu, tpu, ref"),
 }
 BAD_TABLES = {
     "too long": ({"lengths": [40, 49]}, r"lengths must lie in 0 .. 48, .* entry \(1,\) does not"),
@@ -114,16 +114,20 @@ def test_concrete_tables(name):
 
 @pytest.mark.parametrize("name", BAD_TABLES)
 def test_traced_tables(name):
-    """Under checkify the same message; without it nothing is checked, and nothing raised."""
+    """Under checkify the same message."""
     arguments, message = BAD_TABLES[name]
     arguments = {key: jnp.asarray(x, INTS) for key, x in arguments.items()}
-    error, _ = checkify.checkify(jax.jit(lambda x: call(**x)))(arguments)
+    error, _ = checkify.checkify(jax.jit(lambda x: call(**x, checked=True)))(arguments)
     with pytest.raises(checkify.JaxRuntimeError, match=message.split(";")[0].split(", .*")[0].split(" .* entry")[0]):
         error.throw()
 
 
-def test_traced_tables_without_checkify():
-    jax.jit(lambda x: call(starts=x))(jnp.asarray([0, 8], INTS))
+def test_traced_tables_unchecked():
+    """Nothing is checked, and the function has no effect, which would cost each call of it JAX's slow dispatch."""
+    wrong = jnp.asarray([0, 8], INTS)
+    jax.jit(lambda x: call(starts=x))(wrong)
+    assert not jax.make_jaxpr(lambda x: call(starts=x))(wrong).effects
+    assert jax.make_jaxpr(lambda x: call(starts=x, checked=True))(wrong).effects
 
 
 def test_good_tables():
@@ -131,5 +135,5 @@ def test_good_tables():
     table = jnp.asarray([[0, 1, 10**6], [3, -4, 5]], INTS)
     lengths = jnp.asarray([32, 0], INTS)
     assert np.isfinite(call("xla", block_table=table, lengths=lengths)).all()
-    error, _ = checkify.checkify(jax.jit(lambda x: call("xla", block_table=x, lengths=lengths)))(table)
+    error, _ = checkify.checkify(jax.jit(lambda x: call("xla", block_table=x, lengths=lengths, checked=True)))(table)
     error.throw()

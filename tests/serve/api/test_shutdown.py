@@ -33,7 +33,7 @@ def test_sigterm_under_load_lets_what_runs_end(folder):
     process = start("serve.py", f"--model={folder / 'run'}", *FLAGS, *more)
     try:
         process.wait_until(lambda: "http://" in process.stderr)
-        assert process.stderr.startswith("serving small on "), process.stderr
+        assert "\nserving small on " in f"\n{process.stderr}", process.stderr
         address = process.stderr.split()[-1]
         answers, texts = [], []
 

@@ -1,0 +1,93 @@
+"""Compiles a C++ source of this package for the CPU that it is to run on, once, and registers it with JAX."""
+
+import ctypes
+import functools
+import hashlib
+import os
+import pathlib
+import platform
+import shutil
+import subprocess
+import tempfile
+from typing import NamedTuple
+
+import jax
+from absl import logging
+
+from pallas_kernels.platform import cache_folder
+
+_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-w")
+
+
+class Native(NamedTuple):
+    """A function that `jax.ffi.ffi_call` can call, or why there is none.
+
+    Attributes:
+      target: the name it is registered by.
+      missing: the reason, without a full stop.
+    """
+
+    target: str = ""
+    missing: str | None = None
+
+
+@functools.cache
+def register(source: pathlib.Path, symbol: str) -> Native:
+    """Makes ``symbol`` of a C++ ``source`` known to JAX's CPU backend: compiles for some seconds if it never did here.
+
+    What was compiled is kept in ``native/`` below `pallas_kernels.platform.cache_folder`, by what it depends on: the
+    source and the headers beside it, the compiler, JAX's headers and the CPU. The compiler is ``$CXX``, or else
+    ``c++``, ``g++`` or ``clang++``.
+    """
+    compiler = _compiler()
+    if compiler is None:
+        return Native(missing="there is no C++ compiler here ($CXX, c++, g++, clang++)")
+    texts = [path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h")))]
+    march = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
+    command = [compiler, *_FLAGS, march, f"-I{jax.ffi.include_dir()}", str(source)]
+    try:
+        version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
+        depends = [*texts, version, " ".join(_FLAGS).encode(), jax.lib.__version__.encode(), _cpu().encode()]
+        key = hashlib.sha256(b"\0".join(depends)).hexdigest()[:16]
+        library = cache_folder() / "native" / f"{source.stem}-{key}.so"
+        if not library.exists():
+            _compile(command, library)
+        function = getattr(ctypes.CDLL(str(library)), symbol)
+    except subprocess.CalledProcessError as error:
+        said = (error.stderr or b"").decode(errors="replace").strip().splitlines()
+        first = next((line for line in said if "error" in line), "".join(said[:1]))
+        return Native(missing=f"{compiler} failed: {first or error}")
+    except (OSError, AttributeError, subprocess.TimeoutExpired) as error:
+        return Native(missing=f"compiling {source.name} failed: {error}")
+    # The name holds the key: a program that was compiled for another source asks for another name.
+    name = f"megabatch_{symbol}_{key}"
+    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(function), platform="cpu")
+    return Native(name)
+
+
+def _compiler() -> str | None:
+    wanted = os.environ.get("CXX")
+    return next(
+        (path for name in ([wanted] if wanted else ["c++", "g++", "clang++"]) if (path := shutil.which(name))), None
+    )
+
+
+def _compile(command: list[str], library: pathlib.Path) -> None:
+    logging.info("compiling %s for this CPU, once", command[-1])
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        # Whole or not there at all, however many processes do this at once.
+        made = os.path.join(folder, library.name)
+        subprocess.run([*command, "-o", made], capture_output=True, check=True, timeout=600)
+        os.replace(made, library)
+
+
+def _cpu() -> str:
+    """What ``-march=native`` may depend on: a folder may be shared by machines of several kinds."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine() + platform.processor()
+    return "\n".join(
+        sorted({line for line in lines if line.startswith(("flags", "Features", "model name", "CPU part"))})
+    )
