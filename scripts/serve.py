@@ -88,6 +88,8 @@ def main() -> None:
         raise UserError("--model is missing: give a work directory or a Hugging Face folder (see serve.py --help)")
     if unknown := set(_WARM_UP_FOR.value) - set(_OPTIONS):
         raise UserError(f"--warm_up_for={unknown.pop()}: choose from {', '.join(_OPTIONS)}")
+    if _WARM_UP_FOR.value and not _WARM_UP.value:
+        raise UserError("--warm_up_for says what to warm up for, and --nowarm_up not to: give one of them")
     bound = listen(_HOST.value, _PORT.value)  # first, since loading takes its time
     keep_compiled_programs()
     dtype = serving_dtype(_WEIGHTS.value)

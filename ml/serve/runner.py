@@ -166,7 +166,8 @@ class Runner:
             entry = len(sampling.logit_bias) + (len(sampling.stop_token_ids) + 1 if sampling.min_tokens else 0)
             options = self._options([sampling], entry)
             keys += ["begin"] if sampling.penalizes else []
-            self._warm.append(options)
+            if options not in self._warm:
+                self._warm.append(options)
             for rows, tokens in self._buckets.shapes():
                 for planned in (False, True)[: 1 + self._sharing.possible(rows)]:
                     kind = Kind(rows, tokens, planned, **options)

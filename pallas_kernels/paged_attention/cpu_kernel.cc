@@ -1,7 +1,7 @@
 // Attention of query rows to a paged cache, on CPUs: `pallas_kernels.paged_attention.segments` says what is computed.
 //
-// A segment of one row, as in decoding, reads each key and value once, from where it lies, for all heads. One of several
-// rows, as a prefill or a shared prefix, is cut into tiles of rows, which meet blocks of keys as matrices.
+// A segment of one row, as in decoding, reads each key and value once, from where it lies, for all heads. One of
+// several rows, as a prefill or a shared prefix, is cut into tiles of rows, which meet blocks of keys as matrices.
 
 #include <algorithm>
 #include <cmath>
@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "cpu_parallel.h"
+#include "cpu_plan.h"
 #include "cpu_vector.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -21,10 +22,8 @@ namespace ffi = xla::ffi;
 
 // Tokens whose logits are held at once: a multiple of the lanes and of the values that are added at once.
 constexpr int kBlock = 64, kValues = 8;
-// Query vectors of a tile; those, and vectors of each, whose sums are in registers at once.
-constexpr int kTile = 96, kRows = 6, kWide = kLanes == 16 ? 4 : 2;
-// A long segment of one row is cut, to have several parts for each thread, so that none is left with the last for long.
-constexpr int64_t kShortestPart = 128, kPartsPerThread = 4;
+// Of a tile, the query vectors, and the vectors of each, whose sums are in registers at once.
+constexpr int kRows = 6, kWide = kLanes == 16 ? 4 : 2;
 constexpr float kNothing = -std::numeric_limits<float>::infinity();
 
 // One layer's cache, and the shapes.
@@ -66,10 +65,11 @@ struct Block {
 
   Block(const Cache<T>& cache, const int32_t* table, int64_t begin, int64_t end)
       : count(std::min<int64_t>(kBlock, end - begin)) {
-    for (int64_t t = 0; t < count; ++t) {
+    int64_t at = begin / cache.page_size, offset = begin % cache.page_size;
+    for (int64_t t = 0; t < count; ++t, ++offset) {
+      if (offset == cache.page_size) ++at, offset = 0;
       // A page that is not there would end the process.
-      const int64_t page = std::clamp<int64_t>(table[(begin + t) / cache.page_size], 0, cache.pages - 1);
-      const int64_t offset = (begin + t) % cache.page_size;
+      const int64_t page = std::clamp<int64_t>(table[at], 0, cache.pages - 1);
       const int64_t place = (page * cache.page_size + offset) * cache.kv_heads * cache.head_dim;
       key[t] = cache.key + place;
       value[t] = cache.value + place;
@@ -307,112 +307,56 @@ float Finish(const State* parts, int64_t count, int64_t vector, int64_t head_dim
   return peak + std::log(weight);
 }
 
-// The operands: see `Attend`.
-struct Operands {
-  const float* query;
-  const int32_t* position;
-  const int32_t* table;
-  const int32_t *query_begin, *query_count, *table_row, *kv_begin, *kv_end, *out_begin;  // of each segment
-  int64_t rows, table_rows, table_width, segments, outputs, window;
-  float* out;
-  float* lse;
-
-  // The tokens that a row of a segment sees.
-  int64_t Low(int64_t s, int64_t row) const {
-    return std::max<int64_t>({kv_begin[s], position[row] - window + 1, 0});
+// The result of several rows, for the query heads of one kv head.
+template <typename T>
+void AttendRows(const Cache<T>& cache, const Operands& x, const Part& part) {
+  thread_local Tile tile;
+  thread_local std::vector<float> memory;
+  const int64_t heads = cache.heads(), head_dim = cache.head_dim, s = part.segment;
+  const int64_t vectors = part.rows * cache.group, padded = (vectors + kRows - 1) / kRows * kRows;
+  const auto place = [&](int64_t row, int64_t v) { return row * heads + part.head * cache.group + v % cache.group; };
+  tile.query.resize(padded);
+  tile.low.resize(padded);
+  tile.high.resize(padded);
+  for (int64_t i = 0; i < padded; ++i) {
+    const int64_t v = std::min(i, vectors - 1), row = part.row + v / cache.group;
+    tile.query[i] = x.query + place(row, v) * head_dim;
+    tile.low[i] = x.Low(s, row);
+    tile.high[i] = x.High(s, row);
   }
-  int64_t High(int64_t s, int64_t row, int64_t page_size) const {
-    return std::min<int64_t>({kv_end[s], int64_t{position[row]} + 1, table_width * page_size});
+  memory.resize(State::Size(padded, head_dim));
+  const State state = State::Nothing(memory.data(), padded, head_dim);
+  AttendTile(cache, tile, x.Pages(s), part.head, state);
+  for (int64_t v = 0; v < vectors; ++v) {
+    const int64_t to = place(x.out_begin[s] + part.row - x.query_begin[s] + v / cache.group, v);
+    x.lse[to] = Finish(&state, 1, v, head_dim, x.out + to * head_dim);
   }
-};
-
-// What a thread does at once: tokens low <= j < high of a segment's only row, or a tile of its rows of one kv head.
-struct Part {
-  int64_t segment, low, high, head, row, rows;
-};
+}
 
 template <typename T>
 void AttendSegments(ffi::ThreadPool& pool, const Cache<T>& cache, const Operands& x) {
-  const int64_t heads = cache.heads(), head_dim = cache.head_dim, size = heads * head_dim;
-  // Numbers beyond the arrays would end the process.
-  const auto valid = [&](int64_t s) {
-    return x.query_count[s] > 0 && x.query_begin[s] >= 0 && x.query_begin[s] + x.query_count[s] <= x.rows &&
-           x.out_begin[s] >= 0 && x.out_begin[s] + x.query_count[s] <= x.outputs;
-  };
-  int64_t tokens = 0;
-  for (int64_t s = 0; s < x.segments; ++s) {
-    if (!valid(s) || x.query_count[s] != 1) continue;
-    const int64_t row = x.query_begin[s];
-    tokens += std::max<int64_t>(x.High(s, row, cache.page_size) - x.Low(s, row), 0);
-  }
-  const int64_t even = tokens / std::max<int64_t>(kPartsPerThread * pool.num_threads(), 1);
-  const int64_t most = std::max((even + kBlock - 1) / kBlock * kBlock, kShortestPart);
-  const int64_t tile_rows = std::max<int64_t>(kTile / cache.group, 1);
-  std::vector<Part> parts;
-  std::vector<int64_t> first(x.segments + 1, 0);  // part of each segment
-  for (int64_t s = 0; s < x.segments; ++s) {
-    if (valid(s) && x.query_count[s] == 1) {
-      const int64_t row = x.query_begin[s], high = x.High(s, row, cache.page_size);
-      int64_t low = x.Low(s, row);
-      do {
-        parts.push_back({s, low, std::min(low + most, high), 0, row, 1});
-        low += most;
-      } while (low < high);
-    } else if (valid(s)) {
-      // The last rows, which see most under a causal mask, first.
-      for (int64_t row = (x.query_count[s] - 1) / tile_rows * tile_rows; row >= 0; row -= tile_rows) {
-        const int64_t rows = std::min(tile_rows, x.query_count[s] - row);
-        for (int64_t head = 0; head < cache.kv_heads; ++head) {
-          parts.push_back({s, 0, 0, head, x.query_begin[s] + row, rows});
-        }
-      }
-    }
-    first[s + 1] = parts.size();
-  }
-  const auto table = [&](int64_t s) {
-    return x.table + std::clamp<int64_t>(x.table_row[s], 0, x.table_rows - 1) * x.table_width;
-  };
-  std::vector<State> states(parts.size());  // of single rows
-  std::unique_ptr<float[]> memory(new float[parts.size() * State::Size(heads, head_dim)]);
+  const int64_t heads = cache.heads(), head_dim = cache.head_dim, size = State::Size(heads, head_dim);
+  const Plan plan(x, cache.kv_heads, cache.group, pool.num_threads());
+  std::vector<State> states(plan.first.back());
+  std::unique_ptr<float[]> memory(new float[states.size() * size]);
   const auto finish = [&](int64_t s) {
-    const int64_t to = x.out_begin[s], count = first[s + 1] - first[s];
+    const int64_t first = plan.first[s], count = plan.first[s + 1] - first;
     for (int64_t head = 0; head < heads; ++head) {
-      float* out = x.out + to * size + head * head_dim;
-      x.lse[to * heads + head] = Finish(&states[first[s]], count, head, head_dim, out);
+      const int64_t to = x.out_begin[s] * heads + head;
+      x.lse[to] = Finish(&states[first], count, head, head_dim, x.out + to * head_dim);
     }
   };
-  InParallel(pool, parts.size(), [&](int64_t i) {
-    const Part& part = parts[i];
-    const int64_t s = part.segment;
-    if (x.query_count[s] == 1) {
-      states[i] = State::Nothing(memory.get() + i * State::Size(heads, head_dim), heads, head_dim);
-      AttendRow(cache, x.query + part.row * size, table(s), part.low, part.high, states[i]);
-      if (first[s + 1] - first[s] == 1) finish(s);
-      return;
-    }
-    thread_local Tile tile;
-    thread_local std::vector<float> scratch;
-    const int64_t vectors = part.rows * cache.group, padded = (vectors + kRows - 1) / kRows * kRows;
-    tile.query.resize(padded);
-    tile.low.resize(padded);
-    tile.high.resize(padded);
-    for (int64_t v = 0; v < padded; ++v) {
-      const int64_t last = std::min(v, vectors - 1), row = part.row + last / cache.group;
-      tile.query[v] = x.query + row * size + (part.head * cache.group + last % cache.group) * head_dim;
-      tile.low[v] = x.Low(s, row);
-      tile.high[v] = x.High(s, row, cache.page_size);
-    }
-    scratch.resize(State::Size(padded, head_dim));
-    const State state = State::Nothing(scratch.data(), padded, head_dim);
-    AttendTile(cache, tile, table(s), part.head, state);
-    for (int64_t v = 0; v < vectors; ++v) {
-      const int64_t to = x.out_begin[s] + part.row - x.query_begin[s] + v / cache.group;
-      const int64_t head = part.head * cache.group + v % cache.group;
-      x.lse[to * heads + head] = Finish(&state, 1, v, head_dim, x.out + to * size + head * head_dim);
-    }
+  const auto states_of = [&](int64_t s) { return plan.first[s + 1] - plan.first[s]; };
+  InParallel(pool, plan.parts.size(), [&](int64_t i) {
+    const Part& part = plan.parts[i];
+    if (states_of(part.segment) == 0) return AttendRows(cache, x, part);
+    State& state = states[part.state];
+    state = State::Nothing(memory.get() + part.state * size, heads, head_dim);
+    AttendRow(cache, x.query + part.row * heads * head_dim, x.Pages(part.segment), part.low, part.high, state);
+    if (states_of(part.segment) == 1) finish(part.segment);
   });
   for (int64_t s = 0; s < x.segments; ++s) {
-    if (x.query_count[s] == 1 && first[s + 1] - first[s] > 1) finish(s);
+    if (states_of(s) > 1) finish(s);
   }
 }
 
@@ -442,6 +386,7 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> query, ffi::Buffer
   x.segments = segments.dimensions()[1];
   x.outputs = out->dimensions()[0];
   x.window = window.typed_data()[0];
+  x.page_size = page_size;
   x.out = out->typed_data();
   x.lse = lse->typed_data();
   const int32_t** fields[] = {&x.query_begin, &x.query_count, &x.table_row, &x.kv_begin, &x.kv_end, &x.out_begin};

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 
 namespace {
 
@@ -65,24 +66,24 @@ inline float Largest(Vector x) {
   return std::max(std::max(largest[0], largest[1]), std::max(largest[2], largest[3]));
 }
 
+// Every other run of `distance` lanes of a and then b, from lane `first` on, so that their runs take turns.
+template <int distance, int first, size_t... lane>
+inline Vector Runs(Vector a, Vector b, std::index_sequence<lane...>) {
+  constexpr auto from = [](int i) {
+    return first + i / (2 * distance) * (2 * distance) + i % distance + (i / distance % 2 ? kLanes : 0);
+  };
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, from(lane)...);
+#else
+  return __builtin_shuffle(a, b, Ints{from(lane)...});
+#endif
+}
+
 // Lanes of a and b that lie `distance` apart, added: in runs of `distance`, now a's and now b's.
 template <int distance>
 inline Vector AddHalves(Vector a, Vector b) {
-  Ints low, high;
-  for (int i = 0; i < kLanes; ++i) {
-    low[i] = i / (2 * distance) * (2 * distance) + i % distance + (i / distance % 2 ? kLanes : 0);
-    high[i] = low[i] + distance;
-  }
-#if defined(__clang__)
-  Vector x, y;
-  for (int i = 0; i < kLanes; ++i) {
-    x[i] = low[i] < kLanes ? a[low[i]] : b[low[i] - kLanes];
-    y[i] = high[i] < kLanes ? a[high[i]] : b[high[i] - kLanes];
-  }
-  return x + y;
-#else
-  return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
-#endif
+  constexpr std::make_index_sequence<kLanes> lanes{};
+  return Runs<distance, 0>(a, b, lanes) + Runs<distance, distance>(a, b, lanes);
 }
 
 // The sum of the lanes of x[i] in lane i: as many shuffles for all as two sums alone would take.

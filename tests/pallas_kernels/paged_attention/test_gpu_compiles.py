@@ -6,8 +6,9 @@ import pytest
 
 from pallas_kernels.absent import compile_for, reports
 from pallas_kernels.cases import all_cases
-from pallas_kernels.paged_attention import PagedCache, write
-from pallas_kernels.paged_attention.gpu_config import SMEM_BYTES
+from pallas_kernels.paged_attention import QUANTIZED, PagedCache, write
+from pallas_kernels.paged_attention.cases import SHAPES
+from pallas_kernels.paged_attention.gpu_config import SMEM_BYTES, heuristic, smem_bytes
 
 pytestmark = pytest.mark.cuda
 
@@ -45,7 +46,13 @@ def test_kernels_fit_and_use_tensor_cores_and_the_copy_engine(name):
         assert kernel["smem_bytes"] <= SMEM_BYTES
         assert max(kernel["spill_stores"], kernel["spill_loads"]) <= SPILLS.get(name, 0), kernel
         assert kernel["tma_loads"] > 0 and not kernel["mma_sync"]
+    _, _, model, page, dtype = name.split("/")
+    head_dim, quantized = SHAPES[model][2], dtype in QUANTIZED
+    config = heuristic(head_dim, int(page.removeprefix("page")), quantized)
     for kernel in attention:
+        wide = not kernel["name"].endswith("split")
+        said = smem_bytes(*config.shape(wide=wide), head_dim, quantized, wide=wide)
+        assert 0 <= said - kernel["smem_bytes"] <= 1024
         assert kernel["wgmma"] >= 12
         # ptxas before 13.3 may corrupt a left operand in registers.
         assert kernel["wgmma_register_operand"] == 0

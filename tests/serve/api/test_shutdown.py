@@ -78,6 +78,7 @@ def test_what_cannot_be_served_is_said_in_one_line(folder, tmp_path):
             "--port=": [f"--model={folder / 'run'}", f"--port={taken.getsockname()[1]}"],
             "max_length=10000 exceeds": [f"--model={folder / 'run'}", "--port=0", "--max_length=10000"],
             "--chat_template: /nowhere": [f"--model={folder / 'run'}", "--port=0", "--chat_template=/nowhere"],
+            "--nowarm_up not to: give one": [f"--model={folder / 'run'}", "--nowarm_up", "--warm_up_for=logprobs"],
         }
         for wanted, arguments in cases.items():
             assert wanted in error_of(run("serve.py", *arguments))
