@@ -11,7 +11,7 @@ import numpy as np
 from pallas_kernels.native import register
 from pallas_kernels.paged_attention import xla
 from pallas_kernels.paged_attention.cache import PagedCache
-from pallas_kernels.paged_attention.segments import Segments
+from pallas_kernels.paged_attention.segments import Carry, Segments, ordered_block
 from pallas_kernels.platform import platform
 
 _SOURCE = pathlib.Path(__file__).with_name("cpu_kernel.cc")
@@ -30,7 +30,7 @@ def why_not(query: Any, cache: PagedCache, *, decode: bool) -> str | None:
         return f"head_dim {query.shape[-1]} is not a multiple of {_LANES}"
     if cache.key.dtype.name not in _TYPES:
         return f"a cache of {cache.key.dtype.name}; it reads {', '.join(_TYPES)}"
-    return _kernel().missing
+    return register(_SOURCE, "paged_attention").missing
 
 
 def attend(
@@ -48,36 +48,36 @@ def attend(
     softcap,
     carry=None,
     ordered=False,
-    config: xla.XlaConfig | None = None,
+    config=None,
 ):
-    """See `pallas_kernels.paged_attention.segments`; an ordered computation, and so a ``config``, is that of `xla`."""
-    if ordered:
-        options: dict[str, Any] = {"outputs": outputs, "decode": decode, "window": window, "scale": scale}
-        options |= {"softcap": softcap, "carry": carry, "ordered": ordered, "config": config}
-        return xla.attend(query, position, cache, layer, block_table, segments, **options)
+    """See `pallas_kernels.paged_attention.segments`. Nothing can be configured."""
+    del decode, config
     heads, head_dim = query.shape[1:]
-    result = (
-        jax.ShapeDtypeStruct((outputs, heads, head_dim), jnp.float32),
-        jax.ShapeDtypeStruct((outputs, heads), jnp.float32),
-    )
-    fields = [getattr(segments, field.name).astype(jnp.int32) for field in dataclasses.fields(Segments)]
-    call = jax.ffi.ffi_call(_kernel().target, result, vmap_method="sequential")
-    return call(
+    operands = [
         query.astype(jnp.float32) * scale,
         position.astype(jnp.int32),
         cache.key,
         cache.value,
         jnp.asarray(layer, jnp.int32),
         block_table,
-        jnp.stack(fields),
+        jnp.stack([getattr(segments, field.name).astype(jnp.int32) for field in dataclasses.fields(Segments)]),
         jnp.asarray(_NO_WINDOW if window is None else window, jnp.int32),
-        *([] if cache.key_scale is None else [cache.key_scale, cache.value_scale]),
-        softcap=np.float32(0.0 if softcap is None else softcap),
-    )
+    ]
+    scales = [] if cache.key_scale is None else [cache.key_scale, cache.value_scale]
+    options: dict[str, Any] = {"softcap": np.float32(0.0 if softcap is None else softcap)}
+    numbers = jax.ShapeDtypeStruct((outputs, heads), jnp.float32)
+    vectors = jax.ShapeDtypeStruct((outputs, heads, head_dim), jnp.float32)
+    if not ordered:
+        return _call("paged_attention", (vectors, numbers))(*operands, *scales, **options)
+    carry = Carry.nothing(outputs, heads, head_dim) if carry is None else carry
+    aliases = {len(operands) + i: i for i in range(3)}
+    call = _call("paged_attention_ordered", (vectors, numbers, numbers), input_output_aliases=aliases)
+    options["cut"] = np.int64(ordered_block(cache.page_size))
+    return Carry(*call(*operands, carry.total, carry.weight, carry.peak, *scales, **options))
+
+
+def _call(symbol: str, result: Any, **options: Any) -> Any:
+    return jax.ffi.ffi_call(register(_SOURCE, symbol).target, result, vmap_method="sequential", **options)
 
 
 finish = xla.finish
-
-
-def _kernel():
-    return register(_SOURCE, "paged_attention")

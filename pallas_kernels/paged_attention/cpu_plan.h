@@ -5,12 +5,13 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <numeric>
 #include <vector>
 
 namespace {
 
-// Query vectors of a tile.
-constexpr int64_t kTile = 96;
+// Most query vectors of a tile, and those whose sums are in registers at once.
+constexpr int64_t kTile = 96, kRows = 6;
 // A long segment of one row is cut, to have several parts for each thread, so that none is left with the last for long.
 constexpr int64_t kShortestPart = 128, kPartsPerThread = 4;
 
@@ -21,8 +22,10 @@ struct Operands {
   const int32_t* table;
   const int32_t *query_begin, *query_count, *table_row, *kv_begin, *kv_end, *out_begin;  // of each segment
   int64_t rows, table_rows, table_width, segments, outputs, window, page_size;
-  float* out;
-  float* lse;
+  int64_t cut;  // ordered: blocks of tokens do not cross multiples of this; 0: not ordered
+  float* out;   // or, ordered, the sum so far
+  float* lse;   // or the weight
+  float* peak;  // ordered
 
   // Whether a segment has work; one with numbers beyond the arrays, which would end the process, has not.
   bool Valid(int64_t s) const {
@@ -40,7 +43,8 @@ struct Operands {
   }
 };
 
-// What a thread does at once: tokens low <= j < high of a segment's only row, or a tile of its rows and one kv head.
+// What a thread does at once: tokens low <= j < high of a segment's only row, or a tile of its rows and one kv head. If
+// ordered, tiles alone.
 struct Part {
   int64_t segment, row, rows, head, low, high;
   int64_t state;  // of an only row: where it is left
@@ -54,16 +58,16 @@ struct Plan {
   Plan(const Operands& x, int64_t kv_heads, int64_t group, int64_t threads) {
     int64_t tokens = 0;
     for (int64_t s = 0; s < x.segments; ++s) {
-      if (!x.Valid(s) || x.query_count[s] != 1) continue;
+      if (!x.Valid(s) || x.query_count[s] != 1 || x.cut) continue;
       tokens += std::max<int64_t>(x.High(s, x.query_begin[s]) - x.Low(s, x.query_begin[s]), 0);
     }
     const int64_t even = tokens / std::max<int64_t>(kPartsPerThread * threads, 1);
     const int64_t most = std::max((even + kShortestPart - 1) / kShortestPart * kShortestPart, kShortestPart);
-    const int64_t tile = std::max<int64_t>(kTile / group, 1);
+    const int64_t largest = std::max<int64_t>(kTile / group, 1);
     int64_t states = 0;
     for (int64_t s = 0; s < x.segments; ++s) {
       const int64_t row = x.query_begin[s], count = x.query_count[s];
-      if (x.Valid(s) && count == 1) {
+      if (x.Valid(s) && count == 1 && !x.cut) {
         const int64_t high = x.High(s, row);
         int64_t low = x.Low(s, row);
         do {
@@ -71,7 +75,9 @@ struct Plan {
           low += most;
         } while (low < high);
       } else if (x.Valid(s)) {
-        // The last rows, which see most under a causal mask, first.
+        // Tiles of equally many rows, whose vectors fill registers. The last, which see most under a causal mask, first.
+        const int64_t tiles = (count + largest - 1) / largest, full = kRows / std::gcd(int64_t{kRows}, group);
+        const int64_t tile = ((count + tiles - 1) / tiles + full - 1) / full * full;
         for (int64_t i = (count - 1) / tile * tile; i >= 0; i -= tile) {
           for (int64_t head = 0; head < kv_heads; ++head) {
             parts.push_back({s, row + i, std::min(tile, count - i), head, 0, 0, 0});

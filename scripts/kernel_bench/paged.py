@@ -178,17 +178,17 @@ def _build(shape: Shape, platform: str, layers: int, peers: bool) -> Built:
         if platform == "gpu":
             candidates["cudnn_paged"] = lambda: _cudnn_paged(sets)
         if shape.even:
-            contiguous = functools.cache(lambda: [_contiguous(shape, *arguments[:4]) for arguments in sets])
-            candidates["dense"] = lambda: Program("dense", _dense, contiguous())
+            copies = functools.cache(lambda: [contiguous(shape, *arguments[:4]) for arguments in sets])
+            candidates["dense"] = lambda: Program("dense", _dense, copies())
             if peers_torch.available():
-                candidates["torch/sdpa"] = lambda: peers_torch.sdpa("torch/sdpa", contiguous())
+                candidates["torch/sdpa"] = lambda: peers_torch.sdpa("torch/sdpa", copies())
         add_peers(programs, failed, candidates)
         flat = (rows, shape.heads, shape.head_dim)
         outputs |= {name: lambda x: x.reshape(flat) for name in ("dense", "torch/sdpa", "cudnn_paged")}
     return Built(programs, outputs, failed)
 
 
-def _contiguous(shape: Shape, query: Any, cache: Any, layer: Any, block_table: Any) -> tuple:
+def contiguous(shape: Shape, query: Any, cache: Any, layer: Any, block_table: Any) -> tuple:
     """Query with the heads of a group as its rows, and keys and values ``[batch, kv_heads, tokens, head_dim]``."""
 
     def gather(pages: Any) -> Any:

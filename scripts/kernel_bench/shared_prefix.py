@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from kernel_bench import peers_torch
 from kernel_bench.case import BenchCase, Built
-from kernel_bench.paged import Shape, cost_of, make_cache
+from kernel_bench.paged import Shape, contiguous, cost_of, make_cache
 from kernel_bench.timing import Program
 from pallas_kernels.roofline import Cost
 from pallas_kernels.shared_prefix_attention import cost
@@ -103,31 +104,37 @@ def _build(batch: Batch, shape: Shape, platform: str, peers: bool) -> Built:
     cache = make_cache(shape, layers, pages)
     query = jax.random.normal(jax.random.key(2), (batch.batch, shape.heads, shape.head_dim), shape.dtype)
     lengths = np.array(shape.lengths, np.int32)
-    implementation: Any = platform if platform in ("gpu", "tpu") else "xla"
 
     def sets(plan: Any) -> list:
         tail = (jnp.array(table), jnp.array(lengths), jax.tree.map(jnp.asarray, plan))
         return [(query, cache, jnp.int32(layer), *tail) for layer in range(layers)]
 
-    def shared(query: Any, cache: Any, layer: Any, table: Any, lengths: Any, plan: Any) -> Any:
+    def shared(query: Any, cache: Any, layer: Any, table: Any, lengths: Any, plan: Any, name: Any = platform) -> Any:
         from pallas_kernels.shared_prefix_attention import shared_prefix_attention
 
-        return shared_prefix_attention(query, cache, layer, table, lengths, plan, implementation=implementation)
+        return shared_prefix_attention(query, cache, layer, table, lengths, plan, implementation=name)
 
-    def unshared(query: Any, cache: Any, layer: Any, table: Any, lengths: Any, plan: Any) -> Any:
+    def unshared(query: Any, cache: Any, layer: Any, table: Any, lengths: Any, plan: Any, name: Any = platform) -> Any:
         from pallas_kernels.paged_attention import paged_attention
 
-        return paged_attention(query, cache, layer, table, lengths, implementation=implementation)
+        return paged_attention(query, cache, layer, table, lengths, implementation=name)
 
     options: Any = {"page_size": shape.page_size}
     always = make_plan(table, lengths, crossover=Crossover.always(), **options)
     programs = [
         Program("ours/shared", shared, sets(always)),
         Program("ours/unshared", unshared, sets(always)),
+        Program("xla/shared", functools.partial(shared, name="xla"), sets(always)),
+        Program("xla/unshared", functools.partial(unshared, name="xla"), sets(always)),
     ]
     failed: dict[str, str] = {}
+    outputs: dict[str, Any] = {}
+    if peers and platform == "cpu" and peers_torch.available():  # elsewhere the copies might not fit
+        copies = [contiguous(shape, query, cache, layer, jnp.array(table)) for layer in range(layers)]
+        programs.append(peers_torch.sdpa("torch/sdpa", copies))
+        outputs["torch/sdpa"] = lambda x: x.reshape(query.shape)
     sizes: Any = {"heads": shape.heads, "kv_heads": shape.kv_heads, "head_dim": shape.head_dim}
-    types: Any = {"dtype": shape.dtype, "cache_dtype": shape.cache_dtype, "implementation": implementation}
+    types: Any = {"dtype": shape.dtype, "cache_dtype": shape.cache_dtype, "implementation": platform}
     try:
         measured = crossover(Shapes(page_size=shape.page_size, **sizes, **types))
         programs.append(
@@ -135,4 +142,4 @@ def _build(batch: Batch, shape: Shape, platform: str, peers: bool) -> Built:
         )
     except Exception as error:
         failed["ours/by_crossover"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    return Built(programs, {program.name: lambda x: x for program in programs}, failed)
+    return Built(programs, {program.name: lambda x: x for program in programs} | outputs, failed)

@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_xla import LENGTHS, PAGE, Batch, agree, node_case
+from test_xla import LENGTHS, PAGE, Batch, agree, node_case, same_bits
 
+from pallas_kernels import native
 from pallas_kernels.paged_attention import PagedCache, cpu, paged_attention
-from pallas_kernels.paged_attention.core import attend_segments, resolve
+from pallas_kernels.paged_attention.core import attend_in_order, attend_segments, resolve
+from pallas_kernels.paged_attention.segments import Carry, Segments
 
 RAGGED = [0, 1, 4, 1, 9, 1, 32, 5, 1]
 
@@ -175,4 +177,31 @@ def test_mutants(monkeypatch, tmp_path, name):
         if "tile" not in name or batch.query_starts is not None:
             with pytest.raises(AssertionError):
                 agree(found, expected)
-    assert cpu._kernel().missing is None
+    assert native.register(cpu._SOURCE, "paged_attention").missing is None
+
+
+def test_ordered_rows_in_a_window_do_not_depend_on_company():
+    """A tile begins at the first token that any of its rows sees; its blocks do not."""
+    batch = Batch([300], heads=4, kv_heads=2)
+    operands = batch.clean(), 1, batch.block_table % 10**6
+    options = {"window": 70, "invariant": True, "return_lse": True, "implementation": "cpu"}
+    query = jnp.asarray(np.random.default_rng(1).normal(size=(300, 4, 64)), jnp.float32)
+    together = paged_attention(query, *operands, batch.lengths, jnp.asarray([0, 300], jnp.int32), **options)
+    for position in (3, 69, 70, 129, 171, 299):
+        alone = paged_attention(query[position][None], *operands, jnp.asarray([position + 1], jnp.int32), **options)
+        for x, y in zip(alone, together, strict=True):
+            same_bits(x[0], y[position])
+
+
+def test_a_row_that_sees_nothing_keeps_its_bits_in_company():
+    batch = Batch([300], heads=4, kv_heads=2)
+    query = jnp.asarray(np.random.default_rng(1).normal(size=(2, 4, 64)), jnp.float32)
+    before = Carry(jnp.full((2, 4, 64), -0.0), jnp.ones((2, 4)), jnp.zeros((2, 4)))
+    segments = Segments(*(jnp.asarray([x], jnp.int32) for x in (0, 2, 0, 128, 300, 0)))
+    after = attend_in_order(
+        query, jnp.asarray([100, 299], jnp.int32), batch.clean(), 1, batch.block_table % 10**6, segments, before,
+        outputs=2, decode=False, scale=0.1, implementation="cpu",
+    )  # fmt: skip
+    for x, y in zip(jax.tree.leaves(after), jax.tree.leaves(before), strict=True):
+        same_bits(x[0], y[0])
+        assert (x[1] != y[1]).any()

@@ -167,9 +167,9 @@ def test_grows_in_a_loop_on_the_device():
     np.testing.assert_allclose(outs[2], expected, atol=1e-5)
 
 
-def node_case(seed=0, rows=9):
+def node_case(seed=0, rows=9, page=PAGE):
     """Two nodes that share a table row's beginning, and a lone row, in shuffled outputs."""
-    batch = Batch([200] * 2, seed=seed)
+    batch = Batch([200] * 2, seed=seed, page=page)
     query = jnp.asarray(np.random.default_rng(seed).normal(size=(rows, 4, 64)), jnp.float32)
     position = jnp.asarray([150, 60, 199, 130, 20, 199, 180, 100, 129][:rows], jnp.int32)
     segments = Segments(*(jnp.asarray(x, jnp.int32) for x in (
@@ -195,16 +195,20 @@ def same_bits(a, b):
     np.testing.assert_array_equal(np.asarray(a).view(np.int32), np.asarray(b).view(np.int32))
 
 
-@pytest.mark.sweep("4-2")
+ORDERED = pytest.mark.parametrize("implementation", ["xla", "cpu"])
+
+
+@ORDERED
+@pytest.mark.sweep("4-2-xla", "4-2-cpu")
 @pytest.mark.parametrize("heads,kv_heads", [(4, 4), (4, 2), (8, 1)])
-def test_ordered_rows_do_not_depend_on_company(heads, kv_heads):
+def test_ordered_rows_do_not_depend_on_company(heads, kv_heads, implementation):
     """A row as a decode, alone, among others, in a prefill chunk, and in pieces: the same bits."""
     rng = np.random.default_rng(3)
     batch = Batch([300, 257, 129, 5], heads=heads, kv_heads=kv_heads, head_dim=64)
     cache, table = batch.clean(), batch.block_table % 10**6
     prefill = jax.jit(
         lambda q, lengths, starts, table: paged_attention(
-            q, cache, 1, table, lengths, starts, invariant=True, return_lse=True, implementation="xla"
+            q, cache, 1, table, lengths, starts, invariant=True, return_lse=True, implementation=implementation
         )
     )
     query = jnp.asarray(rng.normal(size=(300, heads, 64)), jnp.float32)
@@ -215,7 +219,7 @@ def test_ordered_rows_do_not_depend_on_company(heads, kv_heads):
         # As decodes in one batch: the same pages, different lengths.
         found = paged_attention(
             query[position], cache, 1, table[jnp.zeros(3, int)], jnp.asarray(position + 1, jnp.int32),
-            invariant=True, return_lse=True, implementation="xla",
+            invariant=True, return_lse=True, implementation=implementation,
         )  # fmt: skip
         for x, y in zip(found, whole, strict=True):
             same_bits(x, y[position])
@@ -229,12 +233,14 @@ def test_ordered_rows_do_not_depend_on_company(heads, kv_heads):
             same_bits(x, y[rows])
 
 
-def test_ordered_in_pieces():
+@ORDERED
+@pytest.mark.parametrize("page", [PAGE, 48])
+def test_ordered_in_pieces(page, implementation):
     """Cut at multiples of the block, prefix first in company and then each row alone: the same bits as at once."""
-    batch, query, _, _ = node_case()
+    batch, query, _, _ = node_case(page=page)
     position = jnp.asarray([150, 160, 199, 130, 141, 199, 180, 177, 129], jnp.int32)
-    table, block = batch.block_table % 10**6, ordered_block(PAGE)
-    call = {"outputs": 9, "scale": 0.1, "implementation": "xla"}
+    table, block = batch.block_table % 10**6, ordered_block(page)
+    call = {"outputs": 9, "scale": 0.1, "implementation": implementation}
     operands = query, position, batch.clean(), 1, table
     each = np.arange(9)
 
@@ -253,12 +259,13 @@ def test_ordered_in_pieces():
     reference = attend_segments(
         *operands, segments(0, 200), outputs=9, scale=0.1, decode=True, implementation="reference"
     )
-    agree(finish(at_once, "xla"), reference)
+    agree(finish(at_once, implementation), reference)
 
 
-def test_a_masked_block_leaves_the_bits():
+@ORDERED
+def test_a_masked_block_leaves_the_bits(implementation):
     batch, query, position, segments = node_case()
-    call = {"outputs": 9, "scale": 0.1, "implementation": "xla", "decode": False}
+    call = {"outputs": 9, "scale": 0.1, "implementation": implementation, "decode": False}
     operands = query, position, batch.clean(), 1, batch.block_table % 10**6
     carry = attend_in_order(*operands, segments, **call)
     carry = dataclasses.replace(carry, total=jnp.where(carry.total > 0.1, -0.0, carry.total))

@@ -1,0 +1,136 @@
+// Several rows at once: matrices of query vectors and of keys.
+
+#ifndef PALLAS_KERNELS_PAGED_ATTENTION_CPU_TILES_H_
+#define PALLAS_KERNELS_PAGED_ATTENTION_CPU_TILES_H_
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <memory>
+#include <type_traits>
+#include <vector>
+
+#include "cpu_plan.h"
+#include "cpu_softmax.h"
+#include "cpu_vector.h"
+
+namespace {
+
+// Vectors of each of kRows query vectors whose sums are in registers at once.
+constexpr int kWide = kLanes == 16 ? 4 : 2;
+
+// Products of kRows query vectors with kWide vectors of tokens; keys are [head_dim][kBlock], logits [kRows][kBlock].
+inline void TileProducts(const float* const* query, const float* key, int64_t head_dim, float* logits) {
+  Vector sum[kRows][kWide] = {};
+  for (int64_t i = 0; i < head_dim; ++i) {
+    for (int w = 0; w < kWide; ++w) {
+      const Vector k = Load(key + i * kBlock + w * kLanes);
+      for (int r = 0; r < kRows; ++r) sum[r][w] += query[r][i] * k;
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int w = 0; w < kWide; ++w) Store(logits + r * kBlock + w * kLanes, sum[r][w]);
+  }
+}
+
+// Adds values, `wide` vectors of each, times the weights of kRows query vectors; totals are [kRows][head_dim]. A vector
+// that sees none keeps its bits, and no other's are a negative zero, whose sign would tell of tokens that are not seen.
+template <int wide>
+inline void TileAccumulate(const float* weights, const bool* sees, const float* const* value, int64_t count,
+                           int64_t offset, int64_t head_dim, float* total) {
+  Vector sum[kRows][wide];
+  for (int r = 0; r < kRows; ++r) {
+    for (int w = 0; w < wide; ++w) sum[r][w] = Load(total + r * head_dim + w * kLanes);
+  }
+  for (int64_t t = 0; t < count; ++t) {
+    for (int w = 0; w < wide; ++w) {
+      const Vector v = Load(value[t] + offset + w * kLanes);
+      for (int r = 0; r < kRows; ++r) sum[r][w] += weights[r * kBlock + t] * v;
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    if (!sees[r]) continue;
+    for (int w = 0; w < wide; ++w) Store(total + r * head_dim + w * kLanes, sum[r][w] + 0.0f);
+  }
+}
+
+// A tile: query vectors of one kv head, a multiple of kRows, of which vector v sees tokens low[v] <= j < high[v].
+struct Tile {
+  std::vector<const float*> query;
+  std::vector<int64_t> low, high;
+
+  void Resize(int64_t vectors) {
+    query.resize(vectors);
+    low.resize(vectors);
+    high.resize(vectors);
+  }
+};
+
+// Adds what a tile sees to its state. With `cut`, blocks begin where they would for any other tile, so that a vector's
+// bits do not depend on the others.
+template <typename T>
+void AttendTile(const Cache<T>& cache, const Tile& tile, const int32_t* table, int64_t head, int64_t cut,
+                const State& state) {
+  const int64_t head_dim = cache.head_dim, vectors = tile.query.size(), offset = head * head_dim;
+  thread_local std::vector<float> logits, keys, values;
+  logits.resize(vectors * kBlock);
+  keys.resize(head_dim * kBlock);
+  values.resize(head_dim * kBlock);
+  std::unique_ptr<bool[]> sees(new bool[vectors]);
+  int64_t low = std::numeric_limits<int64_t>::max(), high = 0;
+  for (int64_t v = 0; v < vectors; ++v) {
+    if (tile.low[v] >= tile.high[v]) continue;
+    low = std::min(low, tile.low[v]);
+    high = std::max(high, tile.high[v]);
+  }
+  if (low >= high) return;
+  const int64_t first = cut ? low / cut * cut + low % cut / kBlock * kBlock : low;
+  for (int64_t begin = first, next; begin < high; begin = next) {
+    next = begin + kBlock;
+    if (cut) next = std::min(next, (begin / cut + 1) * cut);
+    const Block<T> block(cache, table, begin, std::min(next, high), low);
+    const float* value[kBlock];
+    for (int64_t t = 0; t < kBlock; ++t) {
+      for (int64_t i = 0; i < head_dim; i += kLanes) Store(&values[t * head_dim + i], Load(block.key[t] + offset + i));
+    }
+    for (int64_t i = 0; i < head_dim; ++i) {
+      for (int64_t t = 0; t < kBlock; ++t) keys[i * kBlock + t] = values[t * head_dim + i];
+    }
+    for (int64_t v = 0; v < vectors; v += kRows) {
+      for (int64_t t = 0; t < block.count; t += kWide * kLanes) {
+        TileProducts(&tile.query[v], &keys[t], head_dim, &logits[v * kBlock + t]);
+      }
+    }
+    for (int64_t v = 0; v < vectors; ++v) {
+      const int64_t from = std::clamp<int64_t>(tile.low[v] - begin, 0, block.count);
+      const int64_t to = std::clamp<int64_t>(tile.high[v] - begin, from, block.count);
+      sees[v] = from < to;
+      Weigh(cache, block, head, from, to, &logits[v * kBlock], state, v);
+    }
+    for (int64_t t = 0; t < block.count; ++t) {
+      if constexpr (std::is_same_v<T, float>) {
+        value[t] = block.value[t] + offset;
+      } else {
+        value[t] = &values[t * head_dim];
+        for (int64_t i = 0; i < head_dim; i += kLanes) {
+          Store(&values[t * head_dim + i], Load(block.value[t] + offset + i));
+        }
+      }
+    }
+    for (int64_t v = 0; v < vectors; v += kRows) {
+      int64_t i = 0;
+      const auto accumulate = [&](auto wide) {
+        for (; i + wide() * kLanes <= head_dim; i += wide() * kLanes) {
+          float* total = state.total + v * head_dim + i;
+          TileAccumulate<wide()>(&logits[v * kBlock], &sees[v], value, block.count, i, head_dim, total);
+        }
+      };
+      accumulate(std::integral_constant<int, kWide>());
+      accumulate(std::integral_constant<int, 1>());
+    }
+  }
+}
+
+}  // namespace
+
+#endif  // PALLAS_KERNELS_PAGED_ATTENTION_CPU_TILES_H_
