@@ -16,7 +16,7 @@ CONFIG = TransformerConfig(
     embed_dim=32,
     num_heads=4,
     num_kv_heads=2,
-    head_dim=8,
+    head_dim=16,  # what the kernel for CPUs takes
     mlp_dim=48,
     max_length=96,
     # Large, so that greedy text is lively rather than one token again and again.

@@ -51,7 +51,7 @@ def test_each_device_keeps_its_heads_and_updates_them_in_place():
     assert whole[3] == 4
     assert [shard.data.shape for shard in after.key.addressable_shards] == [(*whole[:3], 1, whole[4])] * 4
     heads = one._runner._params["layers"]["attention"]["query"]["kernel"]
-    assert {shard.data.shape for shard in heads.addressable_shards} == {(2, 32, 1, 8)}
+    assert {shard.data.shape for shard in heads.addressable_shards} == {(2, 32, 1, CONFIG.head_dim)}
     kind = program.Kind(4, None, planned=True)
     assert kind in one._runner._programs
     compiled = one._runner._programs[kind]
@@ -89,7 +89,7 @@ def test_parameters_come_in_their_places_and_stay_there():
     kernel = weights()[1]["layers"]["attention"]["key"]["kernel"]
     for given in (kernel, jax.device_put(kernel, few.of_leaf("layers/attention/key/kernel"))):
         copied = few._put(("layers", "embed", "kv_heads", "head_dim"), given)
-        assert {shard.data.shape for shard in copied.addressable_shards} == {(2, 32, 1, 8)}
+        assert {shard.data.shape for shard in copied.addressable_shards} == {(2, 32, 1, CONFIG.head_dim)}
         np.testing.assert_array_equal(copied, np.asarray(kernel)[:, :, [0, 0, 1, 1]])
     odd = Placement(CONFIG, serving_mesh(tensor=2))
     assert odd.of_leaf("embed/embedding").is_fully_replicated  # 61 tokens
