@@ -129,10 +129,6 @@ def _build(batch: Batch, shape: Shape, platform: str, peers: bool) -> Built:
     ]
     failed: dict[str, str] = {}
     outputs: dict[str, Any] = {}
-    if peers and platform == "cpu" and peers_torch.available():  # elsewhere the copies might not fit
-        copies = [contiguous(shape, query, cache, layer, jnp.array(table)) for layer in range(layers)]
-        programs.append(peers_torch.sdpa("torch/sdpa", copies))
-        outputs["torch/sdpa"] = lambda x: x.reshape(query.shape)
     sizes: Any = {"heads": shape.heads, "kv_heads": shape.kv_heads, "head_dim": shape.head_dim}
     types: Any = {"dtype": shape.dtype, "cache_dtype": shape.cache_dtype, "implementation": platform}
     try:
@@ -142,4 +138,8 @@ def _build(batch: Batch, shape: Shape, platform: str, peers: bool) -> Built:
         )
     except Exception as error:
         failed["ours/by_crossover"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    if peers and platform == "cpu" and peers_torch.available():  # elsewhere the copies might not fit
+        copies = [contiguous(shape, query, cache, layer, jnp.array(table)) for layer in range(layers)]
+        programs.append(peers_torch.sdpa("torch/sdpa", copies))
+        outputs["torch/sdpa"] = lambda x: x.reshape(query.shape)
     return Built(programs, {program.name: lambda x: x for program in programs} | outputs, failed)
