@@ -19,6 +19,9 @@ from pallas_kernels.platform import cache_folder
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-w")
 
 
+_REGISTERED: set[str] = set()
+
+
 class Native(NamedTuple):
     """A function that `jax.ffi.ffi_call` can call, or why there is none.
 
@@ -61,7 +64,9 @@ def register(source: pathlib.Path, symbol: str) -> Native:
         return Native(missing=f"compiling {source.name} failed: {error}")
     # The name holds the key: a program that was compiled for another source asks for another name.
     name = f"megabatch_{symbol}_{key}"
-    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(function), platform="cpu")
+    if name not in _REGISTERED:  # XLA refuses a second function of a name, be it the same from another folder
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(function), platform="cpu")
+        _REGISTERED.add(name)
     return Native(name)
 
 

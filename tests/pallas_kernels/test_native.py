@@ -56,6 +56,14 @@ def test_compiles_once_for_each_source(monkeypatch, tmp_path):
     assert len(os.listdir(tmp_path / "cache" / "native")) == 2
 
 
+def test_the_same_from_another_folder(monkeypatch, tmp_path):
+    first = native.register(source(tmp_path, "3"), "add")
+    native.register.cache_clear()
+    monkeypatch.setenv("MEGABATCH_CACHE_DIR", str(tmp_path / "another"))
+    assert native.register(tmp_path / "add.cc", "add") == first
+    assert call(first.target) == [3, 4, 5, 6]
+
+
 @pytest.mark.parametrize(
     "number,symbol,reason", [("nothing", "add", "was not declared|undeclared"), ("1", "other", "undefined symbol")]
 )
