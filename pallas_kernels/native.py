@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import threading
 from typing import NamedTuple
 
 import jax
@@ -17,9 +18,8 @@ from absl import logging
 from pallas_kernels.platform import cache_folder
 
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-w")
-
-
 _REGISTERED: set[str] = set()
+_LOCK = threading.Lock()  # programs are traced in several threads
 
 
 class Native(NamedTuple):
@@ -42,6 +42,11 @@ def register(source: pathlib.Path, symbol: str) -> Native:
     source and the headers beside it, the compiler, JAX's headers and the CPU. The compiler is ``$CXX``, or else
     ``c++``, ``g++`` or ``clang++``.
     """
+    with _LOCK:
+        return _register(source, symbol)
+
+
+def _register(source: pathlib.Path, symbol: str) -> Native:
     compiler = _compiler()
     if compiler is None:
         return Native(missing="there is no C++ compiler here ($CXX, c++, g++, clang++)")
