@@ -6,6 +6,7 @@ import hashlib
 import os
 import pathlib
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -52,10 +53,16 @@ def _register(source: pathlib.Path, symbol: str) -> Native:
         return Native(missing="there is no C++ compiler here ($CXX, c++, g++, clang++)")
     texts = [path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h")))]
     march = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
-    command = [compiler, *_FLAGS, march, f"-I{jax.ffi.include_dir()}", str(source)]
+    command = [*compiler, *_FLAGS, march, f"-I{jax.ffi.include_dir()}", str(source)]
     try:
-        version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
-        depends = [*texts, version, " ".join(_FLAGS).encode(), jax.lib.__version__.encode(), _cpu().encode()]
+        version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
+        depends = [
+            *texts,
+            version,
+            " ".join([*compiler, *_FLAGS]).encode(),
+            jax.lib.__version__.encode(),
+            _cpu().encode(),
+        ]
         key = hashlib.sha256(b"\0".join(depends)).hexdigest()[:16]
         library = cache_folder() / "native" / f"{source.stem}-{key}.so"
         if not library.exists():
@@ -64,7 +71,7 @@ def _register(source: pathlib.Path, symbol: str) -> Native:
     except subprocess.CalledProcessError as error:
         said = (error.stderr or b"").decode(errors="replace").strip().splitlines()
         first = next((line for line in said if "error" in line), "".join(said[:1]))
-        return Native(missing=f"{compiler} failed: {first or error}")
+        return Native(missing=f"{compiler[0]} failed: {first or error}")
     except (OSError, AttributeError, subprocess.TimeoutExpired) as error:
         return Native(missing=f"compiling {source.name} failed: {error}")
     # The name holds the key: a program that was compiled for another source asks for another name.
@@ -75,11 +82,11 @@ def _register(source: pathlib.Path, symbol: str) -> Native:
     return Native(name)
 
 
-def _compiler() -> str | None:
-    wanted = os.environ.get("CXX")
-    return next(
-        (path for name in ([wanted] if wanted else ["c++", "g++", "clang++"]) if (path := shutil.which(name))), None
-    )
+def _compiler() -> list[str] | None:
+    """The command, with its own arguments."""
+    wanted = shlex.split(os.environ.get("CXX", ""))
+    names = [wanted] if wanted else [["c++"], ["g++"], ["clang++"]]
+    return next(([path, *arguments] for name, *arguments in names if (path := shutil.which(name))), None)
 
 
 def _compile(command: list[str], library: pathlib.Path) -> None:
