@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 from absl import logging
 
-from pallas_kernels.platform import cache_folder
+from pallas_kernels.platform import cache_folder, cpu_kind
 
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-w")
 _REGISTERED: set[str] = set()
@@ -61,7 +61,7 @@ def _register(source: pathlib.Path, symbol: str) -> Native:
             version,
             " ".join([*compiler, *_FLAGS]).encode(),
             jax.lib.__version__.encode(),
-            _cpu().encode(),
+            cpu_kind().encode(),
         ]
         key = hashlib.sha256(b"\0".join(depends)).hexdigest()[:16]
         library = cache_folder() / "native" / f"{source.stem}-{key}.so"
@@ -97,14 +97,3 @@ def _compile(command: list[str], library: pathlib.Path) -> None:
         made = os.path.join(folder, library.name)
         subprocess.run([*command, "-o", made], capture_output=True, check=True, timeout=600)
         os.replace(made, library)
-
-
-def _cpu() -> str:
-    """What ``-march=native`` may depend on: a folder may be shared by machines of several kinds."""
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine() + platform.processor()
-    return "\n".join(
-        sorted({line for line in lines if line.startswith(("flags", "Features", "model name", "CPU part"))})
-    )

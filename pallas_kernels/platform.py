@@ -4,8 +4,11 @@ A mesh knows its devices' platform and kind also where they are absent, as when 
 time (`pallas_kernels.absent`). And where this machine keeps what was found out about it.
 """
 
+import functools
+import hashlib
 import os
 import pathlib
+import platform as machine
 
 import jax
 
@@ -30,3 +33,12 @@ def cache_folder() -> pathlib.Path:
     """Of what was measured or compiled for this machine: ``$MEGABATCH_CACHE_DIR``, or else ``~/.cache/megabatch``."""
     folder = os.environ.get("MEGABATCH_CACHE_DIR")
     return pathlib.Path(folder) if folder else pathlib.Path.home() / ".cache" / "megabatch"
+
+
+@functools.cache
+def cpu_kind() -> str:
+    """A name for this machine's CPU: what is compiled for it may not run on another that has the same home folder."""
+    path = pathlib.Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    telling = sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
+    return f"{machine.machine()}-{hashlib.sha256(''.join(telling).encode()).hexdigest()[:12]}"

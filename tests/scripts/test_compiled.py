@@ -12,8 +12,9 @@ _PROGRAM = """
 import json, sys
 sys.path.insert(0, "scripts")
 import compiled, jax
+from pallas_kernels.platform import cpu_kind
 compiled.keep_compiled_programs()
-print(json.dumps([jax.config.jax_compilation_cache_dir, compiled._machine()]))
+print(json.dumps([jax.config.jax_compilation_cache_dir, cpu_kind()]))
 """
 
 
