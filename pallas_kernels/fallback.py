@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable, Mapping
 
+import jax
 from absl import logging
 
 
@@ -25,4 +26,5 @@ def choose(op: str, candidates: Mapping[str, Callable[[], str | None]]) -> str:
 
 @functools.cache
 def _say(op: str, name: str, last: str, reason: str) -> None:
-    logging.warning("%s: implementation=%r instead of %r: %s", op, last, name, reason)
+    if jax.process_index() == 0:  # of several, one tells
+        logging.warning("%s: implementation=%r instead of %r: %s", op, last, name, reason)

@@ -19,6 +19,7 @@ from absl import logging
 from pallas_kernels.platform import cache_folder, cpu_kind
 
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-w")
+_HEADERS = pathlib.Path(__file__).parent  # that sources include those of ``cpu/`` from
 _REGISTERED: set[str] = set()
 _LOCK = threading.Lock()  # programs are traced in several threads
 
@@ -40,8 +41,8 @@ def register(source: pathlib.Path, symbol: str) -> Native:
     """Makes ``symbol`` of a C++ ``source`` known to JAX's CPU backend: compiles for some seconds if it never did here.
 
     What was compiled is kept in ``native/`` below `pallas_kernels.platform.cache_folder`, by what it depends on: the
-    source and the headers beside it, the compiler, JAX's headers and the CPU. The compiler is ``$CXX``, or else
-    ``c++``, ``g++`` or ``clang++``.
+    source, the headers beside it and in ``cpu/``, the compiler, JAX's headers and the CPU. The compiler is ``$CXX``,
+    or else ``c++``, ``g++`` or ``clang++``.
     """
     with _LOCK:
         return _register(source, symbol)
@@ -51,9 +52,10 @@ def _register(source: pathlib.Path, symbol: str) -> Native:
     compiler = _compiler()
     if compiler is None:
         return Native(missing="there is no C++ compiler here ($CXX, c++, g++, clang++)")
-    texts = [path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h")))]
+    headers = [path for folder in (source.parent, _HEADERS / "cpu") for path in sorted(folder.glob("*.h"))]
+    texts = [path.read_bytes() for path in (source, *headers)]
     march = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
-    command = [*compiler, *_FLAGS, march, f"-I{jax.ffi.include_dir()}", str(source)]
+    command = [*compiler, *_FLAGS, march, f"-I{_HEADERS}", f"-I{jax.ffi.include_dir()}", str(source)]
     try:
         version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
         depends = [

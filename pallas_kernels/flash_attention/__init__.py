@@ -18,16 +18,16 @@ from pallas_kernels.flash_attention.vjp import Call, attend
 from pallas_kernels.platform import platform
 from pallas_kernels.sharded import on_shards
 
-Implementation = Literal["auto", "xla", "gpu", "tpu", "cudnn", "splash", "reference"]
+Implementation = Literal["auto", "xla", "cpu", "gpu", "tpu", "cudnn", "splash", "reference"]
 
 # What `auto` tries on each platform before XLA, from the most to the least wanted.
 # cuDNN stands before our own kernel until that has been measured to be the faster one on an H200.
-_WANTED = {"gpu": ("cudnn", "gpu"), "tpu": ("splash", "tpu")}
+_WANTED = {"cpu": ("cpu",), "gpu": ("cudnn", "gpu"), "tpu": ("splash", "tpu")}
 # Kernels of others, for self-attention alone: they return no log-sum-exp and take no intervals.
 _PEERS = {"cudnn": cudnn, "splash": splash}
-_OWN = ("xla", "gpu", "tpu")
+_OWN = ("xla", "cpu", "gpu", "tpu")
 # Opaque to the partitioner, so each device is given its own part.
-_OPAQUE = ("gpu", "tpu")
+_OPAQUE = ("cpu", "gpu", "tpu")
 
 
 def flash_attention(
@@ -63,9 +63,9 @@ def flash_attention(
       softcap: ``softcap * tanh(logit / softcap)`` before the mask.
       return_lse: also return the log-sum-exp, by which results over disjoint sets of keys merge
         (`pallas_kernels.log_sum_exp.merge`).
-      implementation: ``xla`` (blocked, any platform), ``gpu`` and ``tpu`` (Pallas), ``cudnn`` (NVIDIA, 16-bit types),
-        ``splash`` (JAX's kernels for TPUs), ``reference`` (float32, quadratic memory), or ``auto``: a kernel of the
-        platform that the program is for (`pallas_kernels.platform`) if it supports the case, else XLA.
+      implementation: ``xla`` (blocked, any platform), ``cpu`` (C++), ``gpu`` and ``tpu`` (Pallas), ``cudnn`` (NVIDIA,
+        16-bit types), ``splash`` (JAX's kernels for TPUs), ``reference`` (float32, quadratic memory), or ``auto``: a
+        kernel of the platform that the program is for (`pallas_kernels.platform`) if it supports the case, else XLA.
       config: the tuning of the implementation that is named, its dataclass; ``None``: its own choice.
 
     Returns:

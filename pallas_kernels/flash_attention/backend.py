@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 
 
 class Backend(Protocol):
-    """A module of this package (``xla``, ``gpu``, ``tpu``).
+    """A module of this package (``xla``, ``cpu``, ``gpu``, ``tpu``).
 
     Arrays lie on one device and may have any length: padding and clipping are the backend's. Query heads
     ``g * n .. g * n + n - 1`` share key/value head ``g``. The batch of intervals, which are explained in

@@ -8,11 +8,11 @@
 #include <memory>
 #include <vector>
 
-#include "cpu_parallel.h"
+#include "cpu/parallel.h"
 #include "cpu_plan.h"
 #include "cpu_rows.h"
-#include "cpu_softmax.h"
-#include "cpu_tiles.h"
+#include "cpu/softmax.h"
+#include "cpu/tiles.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace {

@@ -5,13 +5,12 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <numeric>
 #include <vector>
+
+#include "cpu/tiles.h"
 
 namespace {
 
-// Most query vectors of a tile, and those whose sums are in registers at once.
-constexpr int64_t kTile = 96, kRows = 6;
 // A long segment of one row is cut, to have several parts for each thread, so that none is left with the last for long.
 constexpr int64_t kShortestPart = 128, kPartsPerThread = 4;
 
@@ -63,7 +62,6 @@ struct Plan {
     }
     const int64_t even = tokens / std::max<int64_t>(kPartsPerThread * threads, 1);
     const int64_t most = std::max((even + kShortestPart - 1) / kShortestPart * kShortestPart, kShortestPart);
-    const int64_t largest = std::max<int64_t>(kTile / group, 1);
     int64_t states = 0;
     for (int64_t s = 0; s < x.segments; ++s) {
       const int64_t row = x.query_begin[s], count = x.query_count[s];
@@ -75,9 +73,8 @@ struct Plan {
           low += most;
         } while (low < high);
       } else if (x.Valid(s)) {
-        // Tiles of equally many rows, whose vectors fill registers. The last, which see most under a causal mask, first.
-        const int64_t tiles = (count + largest - 1) / largest, full = kRows / std::gcd(int64_t{kRows}, group);
-        const int64_t tile = ((count + tiles - 1) / tiles + full - 1) / full * full;
+        // The last tiles, which see most under a causal mask, first.
+        const int64_t tile = RowsOfTile(count, group);
         for (int64_t i = (count - 1) / tile * tile; i >= 0; i -= tile) {
           for (int64_t head = 0; head < kv_heads; ++head) {
             parts.push_back({s, row + i, std::min(tile, count - i), head, 0, 0, 0});

@@ -7,10 +7,13 @@
 #include <type_traits>
 #include <vector>
 
-#include "cpu_softmax.h"
-#include "cpu_vector.h"
+#include "cpu/softmax.h"
+#include "cpu/vector.h"
 
 namespace {
+
+// Values that are added at once; kBlock is a multiple.
+constexpr int kValues = 8;
 
 // The products of `heads` query heads with the next kLanes / heads keys; logits are [heads][kBlock].
 template <int heads, typename T>

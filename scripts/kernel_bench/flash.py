@@ -91,8 +91,7 @@ def _build(
         function = functools.partial(attend, implementation=implementation)
         return Program(name, _with_backward(function) if backward else function, arrays)
 
-    own = [platform, "xla"] if platform in ("gpu", "tpu") else ["xla"]
-    programs = [program(f"ours/{name}", name) for name in own]
+    programs = [program(f"ours/{name}", name) for name in (platform, "xla")]
     failed: dict[str, str] = {}
     if peers:
         candidates: dict[str, Any] = {}

@@ -73,8 +73,13 @@ def _case(name):
     return inputs, {**options, "segment_ids": _segments(2, length) if segments else None}
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("implementation", ["xla", "reference"])
+# The kernel for CPUs takes heads of a multiple of 16.
+_IMPLEMENTATIONS = [
+    (x, name) for x in ("xla", "reference", "cpu") for name in CASES if x != "cpu" or CASES[name][3] > 8
+]
+
+
+@pytest.mark.parametrize("implementation,name", _IMPLEMENTATIONS)
 def test_equals_float64_softmax(name, implementation):
     inputs, options = _case(name)
     out = jax.jit(functools.partial(flash_attention, implementation=implementation, **options))(*inputs)
@@ -207,7 +212,11 @@ def test_memory_grows_with_length_not_its_square():
         (((1, 4, 3, 8), (1, 4, 2, 8), (1, 4, 2, 8)), {}, "shapes do not fit"),
         (((1, 4, 2, 8), (1, 4, 2, 8), (1, 4, 1, 8)), {}, "shapes do not fit"),
         (((1, 4, 2, 8), (1, 5, 2, 8), (1, 5, 2, 8)), {}, "shapes do not fit"),
-        (((1, 4, 2, 8),) * 3, {"implementation": "triton"}, "choose auto, xla, gpu, tpu, cudnn, splash, reference"),
+        (
+            ((1, 4, 2, 8),) * 3,
+            {"implementation": "triton"},
+            "choose auto, xla, cpu, gpu, tpu, cudnn, splash, reference",
+        ),
         (((1, 4, 2, 8),) * 3, {"implementation": "cudnn"}, "cudnn.* query is float32; cuDNN takes bfloat16"),
         (((1, 4, 2, 8),) * 3, {"implementation": "cudnn", "return_lse": True}, "return_lse cannot be given"),
         (((1, 4, 2, 8),) * 3, {"segment_ids": np.zeros((1, 3), int)}, r"segment_ids has shape \(1, 3\); .* \(1, 4\)"),
@@ -245,5 +254,5 @@ def test_what_cudnn_supports(head_dim, dtype, window, softcap, supported):
 def test_those_who_call_a_backend_are_given_one_of_ours():
     x = jnp.zeros((1, 4, 2, 8))
     assert own_backend("auto", x, x, x, softcap=None) == own_backend("xla", x, x, x, softcap=None) == "xla"
-    with pytest.raises(ValueError, match="implementation='splash'; choose auto, xla, gpu, tpu"):
+    with pytest.raises(ValueError, match="implementation='splash'; choose auto, xla, cpu, gpu, tpu"):
         own_backend("splash", x, x, x, softcap=None)

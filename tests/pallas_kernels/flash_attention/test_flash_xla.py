@@ -24,11 +24,17 @@ SHAPES = {
     "one_key": (33, 1, 2, 2, 96, None),
     "wide": (17, 19, 2, 1, 256, None),
 }
+# Several of the tiles that the kernel for CPUs cuts queries and keys into, and parts of them.
+TILES = {
+    "tiles": (150, 200, 6, 2, 32, None),
+    "tiles_softcap": (131, 70, 7, 1, 16, 1.5),
+    "one_tile": (9, 64, 4, 4, 48, None),
+}
 
 
 @functools.cache
 def inputs(name):
-    queries, keys, heads, kv_heads, width, _ = SHAPES[name]
+    queries, keys, heads, kv_heads, width, _ = (SHAPES | TILES)[name]
     rng = np.random.default_rng(0)
     sizes = ((queries, heads), (keys, kv_heads), (keys, kv_heads), (queries, heads))
     q, k, v, w = (rng.normal(size=(2, *size, width)).astype(np.float32) for size in sizes)
@@ -59,7 +65,9 @@ def gradients(name, intervals=None, **options):
     intervals = drawn if intervals is None else intervals
 
     def loss(q, k, v):
-        call = functools.partial(flash_attention, intervals=intervals, softcap=SHAPES[name][5], return_lse=True)
+        call = functools.partial(
+            flash_attention, intervals=intervals, softcap=(SHAPES | TILES)[name][5], return_lse=True
+        )
         out, lse = call(q, k, v, **options)
         return (w * out).sum() + jnp.where(jnp.isneginf(lse), 0.0, w_lse * lse).sum(), (out, lse)
 

@@ -1,19 +1,18 @@
 // The softmax over blocks of cached tokens, as far as it has come.
 
-#ifndef PALLAS_KERNELS_PAGED_ATTENTION_CPU_SOFTMAX_H_
-#define PALLAS_KERNELS_PAGED_ATTENTION_CPU_SOFTMAX_H_
+#ifndef PALLAS_KERNELS_CPU_SOFTMAX_H_
+#define PALLAS_KERNELS_CPU_SOFTMAX_H_
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
 
-#include "cpu_vector.h"
+#include "cpu/matrix.h"
+#include "cpu/vector.h"
 
 namespace {
 
-// Tokens whose logits are held at once: a multiple of the lanes and of the values that are added at once.
-constexpr int kBlock = 64, kValues = 8;
 constexpr float kNothing = -std::numeric_limits<float>::infinity();
 
 // One layer's cache, and the shapes.
@@ -83,9 +82,7 @@ inline void Weigh(const Cache<T>& cache, const Block<T>& block, int64_t head, in
   }
   if (cache.softcap != 0) {
     for (int i = 0; i < kBlock; i += kLanes) {
-      // softcap * tanh(logit / softcap)
-      const Vector twice = Exp(Load(row + i) * (2.0f / cache.softcap));
-      Store(row + i, cache.softcap * (1.0f - 2.0f / (twice + 1.0f)));
+      Store(row + i, cache.softcap * Tanh(Load(row + i) * (1.0f / cache.softcap)));
     }
   }
   std::fill(row, row + low, kNothing);
@@ -135,4 +132,4 @@ float Finish(const State* parts, int64_t count, int64_t vector, int64_t head_dim
 
 }  // namespace
 
-#endif  // PALLAS_KERNELS_PAGED_ATTENTION_CPU_SOFTMAX_H_
+#endif  // PALLAS_KERNELS_CPU_SOFTMAX_H_

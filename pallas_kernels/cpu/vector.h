@@ -1,7 +1,7 @@
 // Vectors of floats as wide as this CPU's registers, and the types that they are read from.
 
-#ifndef PALLAS_KERNELS_PAGED_ATTENTION_CPU_VECTOR_H_
-#define PALLAS_KERNELS_PAGED_ATTENTION_CPU_VECTOR_H_
+#ifndef PALLAS_KERNELS_CPU_VECTOR_H_
+#define PALLAS_KERNELS_CPU_VECTOR_H_
 
 #include <algorithm>
 #include <cstdint>
@@ -111,6 +111,8 @@ inline Vector Exp(Vector x) {
   return series * (Vector)((__builtin_convertvector(power, Ints) + 127) << 23);
 }
 
+inline Vector Tanh(Vector x) { return 1.0f - 2.0f / (Exp(x * 2.0f) + 1.0f); }
+
 }  // namespace
 
-#endif  // PALLAS_KERNELS_PAGED_ATTENTION_CPU_VECTOR_H_
+#endif  // PALLAS_KERNELS_CPU_VECTOR_H_

@@ -1,57 +1,30 @@
 // Several rows at once: matrices of query vectors and of keys.
 
-#ifndef PALLAS_KERNELS_PAGED_ATTENTION_CPU_TILES_H_
-#define PALLAS_KERNELS_PAGED_ATTENTION_CPU_TILES_H_
+#ifndef PALLAS_KERNELS_CPU_TILES_H_
+#define PALLAS_KERNELS_CPU_TILES_H_
 
 #include <algorithm>
 #include <cstdint>
 #include <limits>
 #include <memory>
+#include <numeric>
 #include <type_traits>
 #include <vector>
 
-#include "cpu_plan.h"
-#include "cpu_softmax.h"
-#include "cpu_vector.h"
+#include "cpu/matrix.h"
+#include "cpu/softmax.h"
+#include "cpu/vector.h"
 
 namespace {
 
-// Vectors of each of kRows query vectors whose sums are in registers at once.
-constexpr int kWide = kLanes == 16 ? 4 : 2;
+// Most query vectors of a tile.
+constexpr int64_t kTile = 96;
 
-// Products of kRows query vectors with kWide vectors of tokens; keys are [head_dim][kBlock], logits [kRows][kBlock].
-inline void TileProducts(const float* const* query, const float* key, int64_t head_dim, float* logits) {
-  Vector sum[kRows][kWide] = {};
-  for (int64_t i = 0; i < head_dim; ++i) {
-    for (int w = 0; w < kWide; ++w) {
-      const Vector k = Load(key + i * kBlock + w * kLanes);
-      for (int r = 0; r < kRows; ++r) sum[r][w] += query[r][i] * k;
-    }
-  }
-  for (int r = 0; r < kRows; ++r) {
-    for (int w = 0; w < kWide; ++w) Store(logits + r * kBlock + w * kLanes, sum[r][w]);
-  }
-}
-
-// Adds values, `wide` vectors of each, times the weights of kRows query vectors; totals are [kRows][head_dim]. A vector
-// that sees none keeps its bits, and no other's are a negative zero, whose sign would tell of tokens that are not seen.
-template <int wide>
-inline void TileAccumulate(const float* weights, const bool* sees, const float* const* value, int64_t count,
-                           int64_t offset, int64_t head_dim, float* total) {
-  Vector sum[kRows][wide];
-  for (int r = 0; r < kRows; ++r) {
-    for (int w = 0; w < wide; ++w) sum[r][w] = Load(total + r * head_dim + w * kLanes);
-  }
-  for (int64_t t = 0; t < count; ++t) {
-    for (int w = 0; w < wide; ++w) {
-      const Vector v = Load(value[t] + offset + w * kLanes);
-      for (int r = 0; r < kRows; ++r) sum[r][w] += weights[r * kBlock + t] * v;
-    }
-  }
-  for (int r = 0; r < kRows; ++r) {
-    if (!sees[r]) continue;
-    for (int w = 0; w < wide; ++w) Store(total + r * head_dim + w * kLanes, sum[r][w] + 0.0f);
-  }
+// Rows of each tile of `count` rows of `group` vectors: tiles of equally many, whose vectors fill registers.
+inline int64_t RowsOfTile(int64_t count, int64_t group) {
+  const int64_t largest = std::max<int64_t>(kTile / group, 1), full = kRows / std::gcd(kRows, group);
+  const int64_t tiles = (count + largest - 1) / largest;
+  return ((count + tiles - 1) / tiles + full - 1) / full * full;
 }
 
 // A tile: query vectors of one kv head, a multiple of kRows, of which vector v sees tokens low[v] <= j < high[v].
@@ -118,19 +91,12 @@ void AttendTile(const Cache<T>& cache, const Tile& tile, const int32_t* table, i
       }
     }
     for (int64_t v = 0; v < vectors; v += kRows) {
-      int64_t i = 0;
-      const auto accumulate = [&](auto wide) {
-        for (; i + wide() * kLanes <= head_dim; i += wide() * kLanes) {
-          float* total = state.total + v * head_dim + i;
-          TileAccumulate<wide()>(&logits[v * kBlock], &sees[v], value, block.count, i, head_dim, total);
-        }
-      };
-      accumulate(std::integral_constant<int, kWide>());
-      accumulate(std::integral_constant<int, 1>());
+      TileAccumulate<kBlock, 1>(&logits[v * kBlock], &sees[v], value, block.count, head_dim,
+                                state.total + v * head_dim);
     }
   }
 }
 
 }  // namespace
 
-#endif  // PALLAS_KERNELS_PAGED_ATTENTION_CPU_TILES_H_
+#endif  // PALLAS_KERNELS_CPU_TILES_H_

@@ -1,7 +1,7 @@
 // Work for the threads that XLA runs its own operations on.
 
-#ifndef PALLAS_KERNELS_PAGED_ATTENTION_CPU_PARALLEL_H_
-#define PALLAS_KERNELS_PAGED_ATTENTION_CPU_PARALLEL_H_
+#ifndef PALLAS_KERNELS_CPU_PARALLEL_H_
+#define PALLAS_KERNELS_CPU_PARALLEL_H_
 
 #include <algorithm>
 #include <atomic>
@@ -36,4 +36,4 @@ void InParallel(xla::ffi::ThreadPool& pool, int64_t count, const Work& work) {
 
 }  // namespace
 
-#endif  // PALLAS_KERNELS_PAGED_ATTENTION_CPU_PARALLEL_H_
+#endif  // PALLAS_KERNELS_CPU_PARALLEL_H_

@@ -1,0 +1,1 @@
+"""Headers of the kernels in C++ for CPUs, which `pallas_kernels.native` compiles."""
