@@ -117,7 +117,7 @@ def _kernel(plan: Plan, r: dict[str, Any]) -> None:
     @pl.when(warpgroup == plan.warpgroups)
     def _():
         if plan.warpgroups == 2:
-            plgpu.set_max_registers(40, action="decrease")
+            plgpu.set_max_registers(plan.registers[0], action="decrease")
 
         def step(unit, seen):
             return _load_piece(plan, r, worker, unit, seen)
@@ -141,7 +141,7 @@ def _kernel(plan: Plan, r: dict[str, Any]) -> None:
     @pl.when(warpgroup < plan.warpgroups)
     def _():
         if plan.warpgroups == 2:
-            plgpu.set_max_registers(232, action="increase")
+            plgpu.set_max_registers(plan.registers[1], action="increase")
         step = functools.partial(_add_piece, plan, r, worker, warpgroup)
         lax.fori_loop(first, last, step, (nothing, nothing))
         if plan.split:
@@ -262,7 +262,7 @@ def _add_piece(plan: Plan, r: dict[str, Any], worker: Any, warpgroup: Any, unit:
             def fill(shape, x, layout):
                 return plgpu.layout_cast(jnp.full(shape, x, jnp.float32), layout)
 
-            total = tuple(fill((ROWS, c.stop - c.start), 0.0, _WGMMA) for c in plan.columns)
+            total = fill((ROWS, plan.head_dim), 0.0, _WGMMA)
             state = (total, fill((ROWS,), LOW, _ROW), fill((ROWS,), 0.0, _ROW))
         buffer = lax.rem(seen[0], jnp.int32(plan.buffers))
         plgpu.barrier_wait(r["q_loaded"].at[buffer])
@@ -328,23 +328,20 @@ def _add_block(plan, r, warpgroup, buffer, limits, block, done, state):
     values = _operand(plan, r, "v", slot, warpgroup, part, (token, begin, end))
     plgpu.commit_smem()
 
-    def weigh(acc, columns):
-        plgpu.wgmma(acc, r["p_s"].at[warpgroup], values.at[:, columns])
+    def weigh(acc):
+        plgpu.wgmma(acc, r["p_s"].at[warpgroup], values)
 
-    def weighed(acc, columns):
-        weigh(acc, columns)
+    def weighed(acc):
+        weigh(acc)
         return acc[...]
 
-    added = []
-    for columns, old in zip(plan.columns, total, strict=True):
-        old = old * lax.broadcast_in_dim(decay, old.shape, [0])
-        if plan.in_place:
-            added.append(pl.run_state(functools.partial(weigh, columns=columns))(plgpu.ACC.init(old)))
-        else:
-            acc = plgpu.ACC(old.shape, jnp.float32)
-            added.append(old + pl.run_scoped(functools.partial(weighed, columns=columns), acc))
+    total = total * lax.broadcast_in_dim(decay, total.shape, [0])
+    if plan.in_place:
+        total = pl.run_state(weigh)(plgpu.ACC.init(total))
+    else:
+        total = total + pl.run_scoped(weighed, plgpu.ACC(total.shape, jnp.float32))
     plgpu.barrier_arrive(r["v_free"].at[slot])
-    return tuple(added), highest, weight
+    return total, highest, weight
 
 
 def _operand(plan, r, name, slot, warpgroup, part, keep=None):
@@ -411,29 +408,27 @@ def _store(plan: Plan, r: dict[str, Any], warpgroup: Any, place: Any, state: Any
         safe = jnp.where(seen, weight, 1.0)
         lse = jnp.where(seen, peak + jnp.log(safe) * _LOG2E, -jnp.inf)
         inverse = 1.0 / safe
-        total = [x * lax.broadcast_in_dim(inverse, x.shape, [0]) for x in total]
+        total = total * lax.broadcast_in_dim(inverse, total.shape, [0])
         if not plan.split:
             r["lse"][place, warpgroup] = lse
     if not plan.split:
-        for columns, x in zip(plan.columns, total, strict=True):
-            r["out"][place, warpgroup, :, columns] = x
+        r["out"][place, warpgroup] = total
         return
     # Few rows: through shared memory, so that no more than those are stored.
     rows = pl.ds(0, plan.rows)
-    for columns, x in zip(plan.columns, total, strict=True):
-        for i in range(0, x.shape[1], 64):
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            r["o_s"][warpgroup] = x[:, i : i + 64]
-            if columns.start == i == 0:
-                r["lse_s"][warpgroup] = lse
-            plgpu.commit_smem()
-            to = r["out"].at[place, warpgroup, rows, pl.ds(columns.start + i, 64)]
-            plgpu.copy_smem_to_gmem(r["o_s"].at[warpgroup, rows], to)
-            if columns.start == i == 0:
-                plgpu.copy_smem_to_gmem(r["lse_s"].at[warpgroup, rows], r["lse"].at[place, warpgroup, rows])
+    for i in range(0, plan.head_dim, 64):
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        r["o_s"][warpgroup] = total[:, i : i + 64]
+        if i == 0:
+            r["lse_s"][warpgroup] = lse
+        plgpu.commit_smem()
+        to = r["out"].at[place, warpgroup, rows, pl.ds(i, 64)]
+        plgpu.copy_smem_to_gmem(r["o_s"].at[warpgroup, rows], to)
+        if i == 0:
+            plgpu.copy_smem_to_gmem(r["lse_s"].at[warpgroup, rows], r["lse"].at[place, warpgroup, rows])
 
 
 def _carried(plan: Plan, r: dict[str, Any], unit: Any, sheet: Any) -> Any:
-    total = tuple(load(r["carry_total"].at[unit, sheet, :, c], _WGMMA) for c in plan.columns)
+    total = load(r["carry_total"].at[unit, sheet], _WGMMA)
     peak = load(r["carry_peak"].at[unit, sheet], _ROW)
     return total, jnp.maximum(peak, LOW), load(r["carry_weight"].at[unit, sheet], _ROW)

@@ -54,6 +54,14 @@ class Plan:
         return 1 if self.split else self.warpgroups
 
     @property
+    def registers(self) -> tuple[int, int]:
+        """Of a thread that loads and one that computes, where two warpgroups do: together those of the launch.
+
+        The loader of wide heads has fewer pages to a stage, so that it can spare some.
+        """
+        return (24, 240) if self.quantized and self.head_dim > 128 else (40, 232)
+
+    @property
     def quantized(self) -> bool:
         """Whether keys and values are kept in another type than is computed with."""
         return self.kept != self.dtype
@@ -62,12 +70,6 @@ class Plan:
     def copy(self) -> int:
         """Tokens of one TMA."""
         return min(self.page_size, self.part)
-
-    @property
-    def columns(self) -> list[slice]:
-        """The head in pieces that an accumulator holds."""
-        step = 64 if self.head_dim == 192 else min(self.head_dim, 128)
-        return [slice(i, i + step) for i in range(0, self.head_dim, step)]
 
 
 def tiled(width: int, dtype: Any) -> tuple:
