@@ -16,6 +16,19 @@ constexpr int kBlock = 64;
 constexpr int64_t kRows = 6;
 constexpr int kWide = kLanes == 16 ? 4 : 2;
 
+// Turns kBlock rows of head_dim into columns [head_dim][kBlock].
+template <typename T>
+inline void Columns(const T* const* row, int64_t offset, int64_t head_dim, float* columns) {
+  for (int64_t i = 0; i < head_dim; i += kLanes) {
+    for (int t = 0; t < kBlock; t += kLanes) {
+      Vector square[kLanes];
+      for (int j = 0; j < kLanes; ++j) square[j] = Load(row[t + j] + offset + i);
+      Transpose(square);
+      for (int j = 0; j < kLanes; ++j) Store(columns + (i + j) * kBlock + t, square[j]);
+    }
+  }
+}
+
 // Products of kRows query vectors with kWide vectors of tokens; keys are [head_dim][kBlock], logits [kRows][kBlock].
 inline void TileProducts(const float* const* query, const float* key, int64_t head_dim, float* logits) {
   Vector sum[kRows][kWide] = {};

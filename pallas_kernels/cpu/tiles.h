@@ -63,12 +63,7 @@ void AttendTile(const Cache<T>& cache, const Tile& tile, const int32_t* table, i
     if (cut) next = std::min(next, (begin / cut + 1) * cut);
     const Block<T> block(cache, table, begin, std::min(next, high), low);
     const float* value[kBlock];
-    for (int64_t t = 0; t < kBlock; ++t) {
-      for (int64_t i = 0; i < head_dim; i += kLanes) Store(&values[t * head_dim + i], Load(block.key[t] + offset + i));
-    }
-    for (int64_t i = 0; i < head_dim; ++i) {
-      for (int64_t t = 0; t < kBlock; ++t) keys[i * kBlock + t] = values[t * head_dim + i];
-    }
+    Columns(block.key, offset, head_dim, keys.data());
     for (int64_t v = 0; v < vectors; v += kRows) {
       for (int64_t t = 0; t < block.count; t += kWide * kLanes) {
         TileProducts(&tile.query[v], &keys[t], head_dim, &logits[v * kBlock + t]);

@@ -79,6 +79,19 @@ inline Vector Runs(Vector a, Vector b, std::index_sequence<lane...>) {
 #endif
 }
 
+// Makes the rows of a square its columns: blocks of `distance` off the diagonal change places, then smaller ones.
+template <int distance = kLanes / 2>
+inline void Transpose(Vector* x) {
+  constexpr std::make_index_sequence<kLanes> lanes{};
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & distance) continue;
+    const Vector a = x[i], b = x[i + distance];
+    x[i] = Runs<distance, 0>(a, b, lanes);
+    x[i + distance] = Runs<distance, distance>(a, b, lanes);
+  }
+  if constexpr (distance > 1) Transpose<distance / 2>(x);
+}
+
 // Lanes of a and b that lie `distance` apart, added: in runs of `distance`, now a's and now b's.
 template <int distance>
 inline Vector AddHalves(Vector a, Vector b) {

@@ -53,28 +53,24 @@ inline void DifferentiateRow(float lse, float delta, float softcap, int64_t low,
 
 // A block of keys and of values as the products want them.
 struct KeyBlock {
-  std::vector<float> key, value, key_columns, value_columns;  // [kBlock, head_dim], and transposed
-  const float* row[kBlock];                                   // of the keys
+  std::vector<float> key, key_columns, value_columns;  // [kBlock, head_dim], and transposed
+  const float* row[kBlock];                            // of the keys
 
   template <typename T>
   void Read(const Operands<T>& x, int64_t sequence, int64_t head, int64_t begin, int64_t count) {
     const int64_t d = x.head_dim;
-    for (auto* memory : {&key, &value, &key_columns, &value_columns}) memory->resize(kBlock * d);
+    for (auto* memory : {&key, &key_columns, &value_columns}) memory->resize(kBlock * d);
+    const T *keys[kBlock], *values[kBlock];
     for (int64_t t = 0; t < kBlock; ++t) {
       // Those beyond the last stand for nothing, but must be numbers.
       const int64_t from = ((sequence * x.keys + begin + std::min(t, count - 1)) * x.kv_heads + head) * d;
+      keys[t] = x.key + from;
+      values[t] = x.value + from;
       row[t] = &key[t * d];
-      for (int64_t i = 0; i < d; i += kLanes) {
-        Store(&key[t * d + i], Load(x.key + from + i));
-        Store(&value[t * d + i], Load(x.value + from + i));
-      }
+      for (int64_t i = 0; i < d; i += kLanes) Store(&key[t * d + i], Load(keys[t] + i));
     }
-    for (int64_t i = 0; i < d; ++i) {
-      for (int64_t t = 0; t < kBlock; ++t) {
-        key_columns[i * kBlock + t] = key[t * d + i];
-        value_columns[i * kBlock + t] = value[t * d + i];
-      }
-    }
+    Columns(keys, 0, d, key_columns.data());
+    Columns(values, 0, d, value_columns.data());
   }
 };
 

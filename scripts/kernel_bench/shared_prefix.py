@@ -40,6 +40,8 @@ class Batch:
         return [(self.batch, self.prefix), *groups]
 
 
+# Bytes of copies that are made at least, if so many layers have them: more than a processor's cache holds.
+_COPIED = 2**28
 _ACCELERATOR = {
     "256_below_8k": Batch(256, 8192, 256),
     "64_below_8k": Batch(64, 8192, 256),
@@ -138,8 +140,22 @@ def _build(batch: Batch, shape: Shape, platform: str, peers: bool) -> Built:
         )
     except Exception as error:
         failed["ours/by_crossover"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    if peers and platform == "cpu" and peers_torch.available():  # elsewhere the copies might not fit
+    if platform == "cpu":  # elsewhere the copies might not fit
+        programs.append(Program("ours/copies", unshared, _copies(cache, table, sets(always))))
+    if peers and platform == "cpu" and peers_torch.available():
         copies = [contiguous(shape, query, cache, layer, jnp.array(table)) for layer in range(layers)]
         programs.append(peers_torch.sdpa("torch/sdpa", copies))
         outputs["torch/sdpa"] = lambda x: x.reshape(query.shape)
     return Built(programs, {program.name: lambda x: x for program in programs} | outputs, failed)
+
+
+def _copies(cache: Any, table: np.ndarray, sets: list) -> list:
+    """The operands of some layers, where each row has pages of its own, in random order, for all of its tokens."""
+    import jax
+    import jax.numpy as jnp
+
+    layers = -(-_COPIED // (2 * table.size * cache.key[0, 0].nbytes))
+    own = np.random.default_rng(1).permutation(table.size).astype(np.int32)
+    copies = jax.tree.map(lambda x: x[:layers, table.reshape(-1)[np.argsort(own)]], cache)
+    own_table = jnp.array(own.reshape(table.shape))
+    return [(query, copies, layer, own_table, *rest) for query, _, layer, _, *rest in sets[:layers]]
