@@ -76,6 +76,7 @@ inline void TileAccumulate(const float* weights, const bool* sees, const float* 
     }
   };
   add(std::integral_constant<int, kWide>());
+  if constexpr (kWide > 2) add(std::integral_constant<int, 2>());
   add(std::integral_constant<int, 1>());
 }
 
