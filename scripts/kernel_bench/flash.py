@@ -104,9 +104,8 @@ def _build(
         if peers_torch.available():
             candidates |= _torch_peers(arrays, mask, backward, platform)
         add_peers(programs, failed, candidates)
-    turned = {} if backward else {"torch/sdpa": _turn, "torch/flex": _turn}
-    same = {} if backward else {name: lambda x: x for name in ("ours/xla", "cudnn", "splash")}
-    return Built(programs, {**turned, **same}, failed)
+    ours, theirs = (_joined, _turned_and_joined) if backward else (lambda x: x, _turn)
+    return Built(programs, {p.name: theirs if p.framework == "torch" else ours for p in programs}, failed)
 
 
 def _with_backward(function: Any) -> Any:
@@ -145,6 +144,19 @@ def _torch_mask(mask: Mapping[str, Any], length: int) -> Any:
         return (key <= query) & (query - key < window) & (ids[query] == ids[key])
 
     return sees
+
+
+def _joined(gradients: Any) -> Any:
+    """Those of query, key and value in one array."""
+    import jax.numpy as jnp
+
+    return jnp.concatenate([x.reshape(-1) for x in gradients])
+
+
+def _turned_and_joined(gradients: Any) -> Any:
+    import torch
+
+    return torch.cat([_turn(x).reshape(-1) for x in gradients])
 
 
 def _turn(out: Any) -> Any:
