@@ -1,4 +1,7 @@
-"""XLA's blocks over intervals, unrolled and in loops: against float64, and gradients against those of the formula."""
+"""XLA's blocks over intervals, unrolled and in loops: against float64, and gradients against those of the formula.
+
+What holds for the kernel for CPUs alike is tested of both; `test_flash_cpu` has the rest.
+"""
 
 import functools
 
@@ -7,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.flash_attention import flash_attention, vjp, xla
+from pallas_kernels.flash_attention import backend, flash_attention, vjp, xla
 from pallas_kernels.flash_attention.intervals import self_intervals
 from pallas_kernels.flash_attention.xla import XlaConfig
 from pallas_kernels.log_sum_exp import merge
@@ -15,6 +18,16 @@ from pallas_kernels.log_sum_exp import merge
 # None of these divides the lengths.
 UNROLLED, LOOPS = XlaConfig(block=8, max_blocks=100), XlaConfig(max_blocks=0, tile_q=8, tile_kv=10)
 CONFIGS = pytest.mark.parametrize("config", [UNROLLED, LOOPS], ids=["unrolled", "loops"])
+# A way to compute, and a shape that it takes.
+WAYS = pytest.mark.parametrize(
+    "name,options",
+    [
+        ("fewer_queries", {"implementation": "xla", "config": UNROLLED}),
+        ("fewer_queries", {"implementation": "xla", "config": LOOPS}),
+        ("tiles", {"implementation": "cpu"}),
+    ],
+    ids=["unrolled", "loops", "cpu"],
+)
 # (queries, keys, heads, kv_heads, head_dim, softcap)
 SHAPES = {
     "fewer_queries": (21, 45, 6, 2, 8, None),
@@ -95,15 +108,16 @@ def test_equals_float64_and_the_gradient_of_the_formula(name, kind):
     assert distance(got, gradients(name, implementation="reference")[0]) < 2e-5
 
 
-@CONFIGS
-def test_one_mask_for_all_of_a_batch(config):
-    intervals = inputs("fewer_queries")[2][:1]
-    got = gradients("fewer_queries", intervals, implementation="xla", config=config)
-    for ours, expected in zip(got, gradients("fewer_queries", intervals, implementation="reference"), strict=True):
-        assert (
-            distance([np.where(np.isfinite(x), x, 0) for x in ours], [np.where(np.isfinite(x), x, 0) for x in expected])
-            < 2e-5
-        )
+def finite(arrays):
+    return [np.where(np.isfinite(x), x, 0) for x in arrays]
+
+
+@WAYS
+def test_one_mask_for_all_of_a_batch(name, options):
+    intervals = inputs(name)[2][:1]
+    got = gradients(name, intervals, **options)
+    for ours, expected in zip(got, gradients(name, intervals, implementation="reference"), strict=True):
+        assert distance(finite(ours), finite(expected)) < 2e-5
 
 
 @pytest.mark.sweep("mask-unrolled", "scale-loops", "lse_gradient-loops", "delta-unrolled")
@@ -125,28 +139,31 @@ def test_mistakes_are_noticed(monkeypatch, config, mutant):
     assert distance(got, gradients("fewer_queries", implementation="reference")[0]) > 1e-3
 
 
+@pytest.mark.parametrize("implementation", ["xla", "cpu"])
 @pytest.mark.parametrize("lengths", [(0, 5), (5, 0), (0, 0)])
-def test_no_queries_or_no_keys(lengths):
-    q, k = (jnp.ones((2, n, 2, 8)) for n in lengths)
+def test_no_queries_or_no_keys(lengths, implementation):
+    q, k = (jnp.ones((2, n, 2, 16)) for n in lengths)
     intervals = jnp.broadcast_to(jnp.array([0, 3]), (1, lengths[0], 2))
-    call = functools.partial(flash_attention, intervals=intervals, return_lse=True, implementation="xla")
+    call = functools.partial(flash_attention, intervals=intervals, return_lse=True, implementation=implementation)
     (out, lse), pullback = jax.vjp(call, q, k, k)
     assert not out.any() and np.isneginf(lse).all()
     assert [x.shape for x in pullback((out, jnp.zeros_like(lse)))] == [q.shape, k.shape, k.shape]
 
 
-def test_parts_of_the_keys_merge_and_their_gradients_add_up():
-    (q, k, v), (w, _), intervals = inputs("fewer_queries")
-    options = {"scale": 8**-0.5, "softcap": None, "config": LOOPS}
-    cuts = [(0, 11), (11, 30), (30, 45)]
-    results = [xla.forward(q, k[:, a:b], v[:, a:b], jnp.asarray(intervals - a), **options) for a, b in cuts]
+@WAYS
+def test_parts_of_the_keys_merge_and_their_gradients_add_up(name, options):
+    (q, k, v), (w, _), intervals = inputs(name)
+    of = backend(options["implementation"])
+    options = {"scale": q.shape[-1] ** -0.5, "softcap": None, "config": options.get("config")}
+    cuts = [(0, 11), (11, 30), (30, k.shape[1])]
+    results = [of.forward(q, k[:, a:b], v[:, a:b], jnp.asarray(intervals - a), **options) for a, b in cuts]
     assert any(np.isneginf(lse[:, :10]).any() for _, lse in results), "some row should see none of a part"
     out, lse = functools.reduce(merge, results)
     expected = oracle(q, k, v, intervals, None)
     np.testing.assert_allclose(out, expected[0], atol=2e-5)
     np.testing.assert_allclose(lse, expected[1], atol=2e-5)
     rows = (lse, vjp.row_delta(out, w), w)
-    parts = [xla.backward(q, k[:, a:b], v[:, a:b], *rows, jnp.asarray(intervals - a), **options) for a, b in cuts]
+    parts = [of.backward(q, k[:, a:b], v[:, a:b], *rows, jnp.asarray(intervals - a), **options) for a, b in cuts]
     got = sum(x[0] for x in parts), *(np.concatenate([x[i] for x in parts], axis=1) for i in (1, 2))
     loss = lambda *x: (w * flash_attention(*x, intervals=intervals, implementation="reference")).sum()  # noqa: E731
     assert distance(got, jax.grad(loss, (0, 1, 2))(q, k, v)) < 2e-5
@@ -167,16 +184,14 @@ def test_blocks_that_nobody_sees_are_not_computed(hidden, traced):
     assert np.isfinite(out).all() and all(np.isfinite(x).all() for x in pullback(jnp.ones_like(out)))
 
 
-@CONFIGS
-def test_the_same_bits_every_time_and_in_bfloat16_within_a_percent(config):
-    (q, k, v), (w, _), intervals = inputs("fewer_queries")
+@WAYS
+def test_the_same_bits_every_time_and_in_bfloat16_within_a_percent(name, options):
+    (q, k, v), (w, _), intervals = inputs(name)
     rounded = [jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)]
 
     @jax.jit
     def both(q, k, v):
-        out, pullback = jax.vjp(
-            lambda *x: flash_attention(*x, intervals=intervals, implementation="xla", config=config), q, k, v
-        )
+        out, pullback = jax.vjp(lambda *x: flash_attention(*x, intervals=intervals, **options), q, k, v)
         return out, *pullback(jnp.asarray(w, out.dtype))
 
     one, other = both(*rounded), both(*rounded)
@@ -186,9 +201,9 @@ def test_the_same_bits_every_time_and_in_bfloat16_within_a_percent(config):
     assert np.sqrt(np.mean((np.float64(one[0]) - expected) ** 2)) < 0.01 * np.sqrt(np.mean(expected**2))
 
 
-@CONFIGS
-def test_inside_scan_remat_and_vmap(config):
-    (q, k, v), _, intervals = inputs("softcap")
+@WAYS
+def test_inside_scan_remat_and_vmap(name, options):
+    (q, k, v), _, intervals = inputs({"fewer_queries": "softcap", "tiles": "one_tile"}[name])
     intervals = np.stack([intervals, intervals[:, ::-1]])
 
     def gradient(**options):
@@ -200,7 +215,7 @@ def test_inside_scan_remat_and_vmap(config):
 
         return jax.jit(jax.grad(lambda q: jnp.square(jax.lax.scan(body, q, None, length=2)[0]).sum()))(q)
 
-    assert distance([gradient(implementation="xla", config=config)], [gradient(implementation="reference")]) < 2e-5
+    assert distance([gradient(**options)], [gradient(implementation="reference")]) < 2e-5
 
 
 def test_memory_of_loops_grows_with_length_not_its_square():
