@@ -18,6 +18,7 @@ from absl import logging
 
 from pallas_kernels.platform import cache_folder, cpu_kind
 
+LANES = 16  # floats: as many as any CPU's vector register holds, so that a head of a multiple fills those of all
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-w")
 _HEADERS = pathlib.Path(__file__).parent  # that sources include those of ``cpu/`` from
 _REGISTERED: set[str] = set()

@@ -7,13 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.native import register
+from pallas_kernels.native import LANES, register
 from pallas_kernels.platform import platform
 
 _SOURCE = pathlib.Path(__file__).with_name("cpu_kernel.cc")
 _TYPES = ("float32", "bfloat16")
-# Numbers that all CPUs' vector registers hold a multiple of.
-_LANES = 16
 
 
 def why_not(query: Any, key: Any, value: Any, *, softcap: float | None, config: Any) -> str | None:
@@ -22,8 +20,8 @@ def why_not(query: Any, key: Any, value: Any, *, softcap: float | None, config: 
         return f"config={config!r}; nothing of it can be configured"
     if platform() != "cpu":
         return f"the program is for {platform()}"
-    if query.shape[-1] % _LANES:
-        return f"query has head_dim {query.shape[-1]}, which is not a multiple of {_LANES}"
+    if query.shape[-1] % LANES:
+        return f"query has head_dim {query.shape[-1]}, which is not a multiple of {LANES}"
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.dtype.name not in _TYPES:
             return f"{name} has dtype {x.dtype.name}; it takes {' and '.join(_TYPES)}"

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.native import register
+from pallas_kernels.native import LANES, register
 from pallas_kernels.paged_attention import xla
 from pallas_kernels.paged_attention.cache import PagedCache
 from pallas_kernels.paged_attention.segments import Carry, Segments, ordered_block
@@ -16,8 +16,6 @@ from pallas_kernels.platform import platform
 
 _SOURCE = pathlib.Path(__file__).with_name("cpu_kernel.cc")
 _TYPES = ("float32", "bfloat16", "int8", "float8_e4m3fn")
-# Numbers that all CPUs' vector registers hold a multiple of.
-_LANES = 16
 _NO_WINDOW = 2**31 - 1
 
 
@@ -26,8 +24,8 @@ def why_not(query: Any, cache: PagedCache, *, decode: bool) -> str | None:
     del decode
     if platform() != "cpu":
         return f"the program is for {platform()}"
-    if query.shape[-1] % _LANES:
-        return f"head_dim {query.shape[-1]} is not a multiple of {_LANES}"
+    if query.shape[-1] % LANES:
+        return f"head_dim {query.shape[-1]} is not a multiple of {LANES}"
     if cache.key.dtype.name not in _TYPES:
         return f"a cache of {cache.key.dtype.name}; it reads {', '.join(_TYPES)}"
     return register(_SOURCE, "paged_attention").missing
